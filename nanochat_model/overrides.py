@@ -1,0 +1,75 @@
+"""Strict dotted overrides of nested frozen dataclasses: an unknown key is an error that names the nearest one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from nanochat_model.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def dotted_keys(value: Any, prefix: str = "") -> list[str]:
+    """Every leaf of a nested dataclass as a dotted key, in the order of the fields."""
+    keys: list[str] = []
+    for f in dataclasses.fields(value):
+        child = getattr(value, f.name)
+        if dataclasses.is_dataclass(child):
+            keys += dotted_keys(child, f"{prefix}{f.name}.")
+        else:
+            keys.append(prefix + f.name)
+    return keys
+
+
+def apply_overrides(config: T, overrides: Mapping[str, Any]) -> T:
+    """A copy of `config` with the dotted keys replaced. Raises ConfigError on an unknown key or a value of another type."""
+    if not overrides:
+        return config
+    known = dotted_keys(config)
+    for key in overrides:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ConfigError(f"unknown override {key!r}; did you mean {near[0]!r}?")
+    return _apply(config, overrides, "")
+
+
+def _apply(config: Any, overrides: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(type(config))
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        child = getattr(config, f.name)
+        inner = {k[len(f.name) + 1 :]: v for k, v in overrides.items() if k.startswith(f.name + ".")}
+        if f.name in overrides:
+            changes[f.name] = coerce(overrides[f.name], child, hints[f.name], prefix + f.name)
+        elif inner:
+            changes[f.name] = _apply(child, inner, f"{prefix}{f.name}.")
+    return dataclasses.replace(config, **changes)
+
+
+def coerce(value: Any, current: Any, hint: Any, key: str) -> Any:
+    """`value` (perhaps text from a command line) as the type of the field it replaces."""
+    if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+        raise ConfigError(f"{key} {value!r} must be one of {', '.join(map(repr, typing.get_args(hint)))}")
+    try:
+        if isinstance(current, bool):
+            if str(value).lower() not in ("true", "false", "1", "0"):
+                raise ValueError
+            return str(value).lower() in ("true", "1")
+        if isinstance(current, int):
+            if float(value) != int(float(value)):
+                raise ValueError
+            return int(float(value))
+        if isinstance(current, float):
+            return float(value)
+        if isinstance(current, tuple):
+            items = value.split(",") if isinstance(value, str) else value
+            if len(items) != len(current):
+                raise ValueError
+            return tuple(type(c)(v) for c, v in zip(current, items, strict=True))
+        return type(current)(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{key} {value!r} is not of type {type(current).__name__}, as its current value {current!r}") from None

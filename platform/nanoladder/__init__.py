@@ -1,0 +1,1 @@
+"""Sweeps, ladders, laws and launches on Ray."""
