@@ -6,6 +6,7 @@ Agrees with the built model to the unit (tests/nanochat_model/test_counts.py). S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -66,10 +67,11 @@ def count_params_2025(depth: int, *, vocab_size: int = 65536) -> int:
     return 12 * c * c * depth + 2 * vocab_size * c
 
 
-def flops_per_token(model: GPTConfig) -> int:
+def flops_per_token(model: GPTConfig, windows: Sequence[int] | None = None) -> int:
     """Training FLOPs a token, forward and backward: 6 per matmul parameter (smear gate included) and
-    12·H·D·min(window, T) a layer for attention. Look-ups and norms count nothing."""
+    12·H·D·min(window, T) a layer for attention. Look-ups and norms count nothing. `windows` (one a layer, in tokens)
+    replaces the model's own, to count runs of other window rules."""
     counts = count_params(model)
     matmul = counts.transformer_matrices + counts.lm_head + SMEAR_CHANNELS
-    attention = sum(12 * model.num_heads * model.head_dim * min(w, model.sequence_len) for w in model.windows)
+    attention = sum(12 * model.num_heads * model.head_dim * min(w, model.sequence_len) for w in windows or model.windows)
     return 6 * matmul + attention
