@@ -1,0 +1,104 @@
+"""The folder layout of one storage root, in one place.
+
+    corpus/ tokenizer/ shards/        data, each naming its parents by hash
+    runs/<run_id>/record.json         one folder a run; the record is the truth
+    sweeps/<name>/                    what Ray Tune keeps to restore a sweep
+    stages/<name>.json                what a multi-stage job (the demo) has finished
+    laws.json prediction.json report.html
+    mlflow.db optuna.db               mirrors for people to look at
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat_model.errors import ConfigError
+from nanochat_model.record import RECORD_FILE, RunRecord
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths under a storage root. Nothing is created until something is written."""
+
+    root: Path
+
+    def __init__(self, root: str | Path) -> None:
+        object.__setattr__(self, "root", Path(root).expanduser().absolute())
+
+    @property
+    def corpus_dir(self) -> Path:
+        return self.root / "corpus"
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.root / "tokenizer"
+
+    @property
+    def shards_dir(self) -> Path:
+        return self.root / "shards"
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def stages_dir(self) -> Path:
+        return self.root / "stages"
+
+    @property
+    def laws_path(self) -> Path:
+        return self.root / "laws.json"
+
+    @property
+    def prediction_path(self) -> Path:
+        return self.root / "prediction.json"
+
+    @property
+    def report_path(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def mlflow_uri(self) -> str:
+        return f"sqlite:///{self.root / 'mlflow.db'}"
+
+    @property
+    def optuna_uri(self) -> str:
+        return f"sqlite:///{self.root / 'optuna.db'}"
+
+    def run_dir(self, run_id: str) -> Path:
+        return self.runs_dir / run_id
+
+    def sweep_dir(self, name: str) -> Path:
+        return self.root / "sweeps" / name
+
+    def records(self, *, sweep: str = "") -> list[RunRecord]:
+        """All run records (of one sweep), oldest first. A record that cannot be read raises a ConfigError that names it."""
+        records, broken = self.read_records(sweep=sweep)
+        if broken:
+            more = f" (and {len(broken) - 1} more such records)" if len(broken) > 1 else ""
+            raise ConfigError(broken[0] + more)
+        return records
+
+    def read_records(self, *, sweep: str = "") -> tuple[list[RunRecord], list[str]]:
+        """Readable records, oldest first, and one line for each that is broken."""
+        return read_records(self.record_paths(), sweep=sweep)
+
+    def record_paths(self) -> list[Path]:
+        return sorted(self.runs_dir.glob(f"*/{RECORD_FILE}"))
+
+
+def read_records(paths: Iterable[Path], *, sweep: str = "") -> tuple[list[RunRecord], list[str]]:
+    """Records of `paths`, oldest first, and one line for each that cannot be read."""
+    records: list[RunRecord] = []
+    broken: list[str] = []
+    for path in paths:
+        try:
+            record = RunRecord.load(path)
+        except ConfigError as e:
+            broken.append(str(e))
+        else:
+            if not sweep or record.sweep == sweep:
+                records.append(record)
+    return sorted(records, key=lambda r: (r.started_at, r.run_id)), broken
