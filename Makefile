@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-HOME ?= /tmp
-export HOME
+ifeq ($(strip $(HOME)),)
+export HOME := /tmp
+endif
 # One thread a process is what trials get; libraries must not start more behind our back in the tests.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 RAY_DEDUP_LOGS=0
 

@@ -1,11 +1,11 @@
 """The folder layout of one storage root, in one place.
 
-    corpus/ tokenizer/ shards/        data, each naming its parents by hash
-    runs/<run_id>/record.json         one folder a run; the record is the truth
-    sweeps/<name>/                    what Ray Tune keeps to restore a sweep
-    stages/<name>.json                what a multi-stage job (the demo) has finished
-    laws.json prediction.json report.html
-    mlflow.db optuna.db               mirrors for people to look at
+corpus/ tokenizer/ shards/        data, each naming its parents by hash
+runs/<run_id>/record.json         one folder a run; the record is the truth
+sweeps/<name>/                    what Ray Tune keeps to restore a sweep
+stages/<name>.json                what a multi-stage job (the demo) has finished
+laws.json prediction.json report.html
+mlflow.db optuna.db               mirrors for people to look at
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from nanochat_model.config import DataConfig, Packing
 from nanochat_model.errors import ConfigError
 from nanochat_model.record import RECORD_FILE, RunRecord
+
+if TYPE_CHECKING:
+    from nanochat_model.shards import ShardSet
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Workspace:
         return f"sqlite:///{self.root / 'mlflow.db'}"
 
     @property
-    def optuna_uri(self) -> str:
+    def optuna_url(self) -> str:
         return f"sqlite:///{self.root / 'optuna.db'}"
 
     def run_dir(self, run_id: str) -> Path:
@@ -84,6 +89,22 @@ class Workspace:
     def read_records(self, *, sweep: str = "") -> tuple[list[RunRecord], list[str]]:
         """Readable records, oldest first, and one line for each that is broken."""
         return read_records(self.record_paths(), sweep=sweep)
+
+    def data_config(self, packing: Packing = "keep_remainder") -> DataConfig:
+        """The token shards of this root as a DataConfig; ConfigError with the command that builds them when missing."""
+        return self._shards().data_config(packing)
+
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary of the shards' tokenizer (its special tokens included)."""
+        return int(len(self._shards().token_bytes))
+
+    def _shards(self) -> ShardSet:
+        if not (self.shards_dir / "manifest.json").is_file():
+            raise ConfigError(f"no token shards at {self.shards_dir}; build them with: nanoladder data --storage {self.root}")
+        from nanochat_model.shards import ShardSet
+
+        return ShardSet.open(self.shards_dir)
 
     def record_paths(self) -> list[Path]:
         return sorted(self.runs_dir.glob(f"*/{RECORD_FILE}"))
