@@ -1,0 +1,284 @@
+"""RunTable: one row a run, the standard columns, and every row that was left out with its reason."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.budgets import assign_budgets
+from analysis.clean import LeftOut, clean
+from analysis.errors import DataError
+from analysis.records import read_records
+
+CONVENTIONS = ("matrices_lm_head", "all", "matrices")
+NO_CONVENTION = "as given"
+# What a mapping may name -> the standard column. Keys are what people call them on a command line.
+KEYS = {
+    "params": "N", "tokens": "D", "loss": "L", "budget": "budget", "flops": "C", "batch": "B", "lr": "lr",
+    "weight_decay": "weight_decay", "width": "width", "depth": "depth", "seed": "seed", "group": "group", "outlier": "outlier",
+    "sweep": "sweep", "stage": "stage", "purpose": "purpose", "run_id": "run_id", "status": "status", "name": "name",
+    "comparable": "comparable_hash", "sequence_len": "sequence_len", "seconds": "seconds", "device": "device",
+    "params_all": "N_all", "params_matrices": "N_matrices", "params_matrices_lm_head": "N_matrices_lm_head",
+}  # fmt: skip
+# Column names recognised without a mapping, in order of preference.
+ALIASES = {
+    "params": ("N", "params", "num_params", "n_params", "parameters", "Model Size", "model_size"),
+    "tokens": ("D", "tokens", "num_tokens", "n_tokens", "Training Tokens", "tokens_trained"),
+    "loss": ("L", "loss", "val_loss", "val_bpb", "bpb", "final_loss", "Loss"),
+    "budget": ("budget", "flops_budget", "compute_budget"),
+    "flops": ("C", "flops", "train_flops", "Training FLOP", "compute"),
+    "batch": ("B", "batch", "batch_tokens", "batch_size_tokens", "total_batch_size"),
+    "lr": ("lr", "learning_rate", "matrix_lr", "eta"),
+    "weight_decay": ("weight_decay", "wd", "lambda"),
+    "width": ("width", "model_dim", "d_model", "n_embd", "hidden_size", "h"),
+    "depth": ("depth", "num_layers", "n_layer"),
+    "seed": ("seed",),
+    "group": ("group", "trunk"),
+    "sweep": ("sweep",),
+    "purpose": ("purpose",),
+    "status": ("status",),
+    "run_id": ("run_id",),
+    "sequence_len": ("sequence_len",),
+}
+NANOCHAT_COLUMNS = (
+    "flops_budget", "depth", "model_dim", "params_wte", "params_value_embeds", "params_lm_head", "params_transformer",
+    "params_total", "tokens_trained", "val_bpb",
+)  # fmt: skip
+STEPLAW_COLUMNS = ("lr", "bs", "loss", "sl", "ti")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTable:
+    """Usable runs and the rest.
+
+    `frame` has the columns of analysis.clean (numbers as float, NaN where unknown): N scaling parameters in `convention`,
+    D training tokens, C training FLOPs, L validation loss or bpb, budget (FLOPs, NaN where a run belongs to none), B batch in
+    tokens, lr, weight_decay, width, depth, seed … `curves[run_id]` is an array (points, 5): step, tokens, FLOPs, seconds,
+    bpb. `hash` changes when any number that a law could read changes.
+    """
+
+    frame: pd.DataFrame
+    left_out: tuple[LeftOut, ...] = ()
+    source: str = ""
+    convention: str = NO_CONVENTION
+    notes: tuple[str, ...] = ()
+    curves: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @property
+    def hash(self) -> str:
+        numbers = self.frame.drop(columns=["row", "name", "device", "seconds"], errors="ignore")
+        rows = np.sort(pd.util.hash_pandas_object(numbers, index=False).to_numpy())
+        return hashlib.sha256(rows.tobytes() + self.convention.encode()).hexdigest()[:16]
+
+    @property
+    def conventions(self) -> tuple[str, ...]:
+        """Ways of counting N that every row knows; empty for a table that gives one N."""
+        return tuple(c for c in CONVENTIONS if len(self.frame) and self.frame[f"N_{c}"].notna().all())
+
+    def with_convention(self, convention: str) -> RunTable:
+        """The same runs with N counted in another way. DataError when the table does not have that count."""
+        if convention == self.convention:
+            return self
+        if convention not in self.conventions:
+            have = ", ".join(self.conventions) or "none (the table gives one N)"
+            raise DataError(f"no count of parameters named {convention!r} in this table; it has {have}")
+        return replace(self, frame=self.frame.assign(N=self.frame[f"N_{convention}"]), convention=convention)
+
+    def keep(self, rows: pd.Series | np.ndarray, reason: str) -> RunTable:
+        """Only the rows where `rows` (n,) holds; the others are listed with `reason`."""
+        rows = np.asarray(rows, dtype=bool)
+        gone = tuple(LeftOut(row=r, reason=reason) for r in self.frame["row"][~rows])
+        return replace(self, frame=self.frame[rows].reset_index(drop=True), left_out=self.left_out + gone)
+
+    def only_comparable(self, force: Sequence[str] = ()) -> RunTable:
+        """Refuse to mix runs whose validation set, packing or sequence length differ.
+
+        With one comparable_hash in the table nothing happens. With several, DataError names them, unless `force` names
+        which to use: one keeps those runs only, several mix them all the same.
+        """
+        counts = self.frame["comparable_hash"].value_counts()
+        unknown = [h for h in force if h not in counts.index]
+        if unknown:
+            raise DataError(f"no runs with comparable_hash {unknown[0]!r}; the table has {', '.join(map(repr, counts.index))}")
+        if force:
+            return self.keep(self.frame["comparable_hash"].isin(list(force)), "another validation set, packing or sequence length")
+        if len(counts) > 1:
+            kinds = ", ".join(f"{h or 'unknown'!r} ({n} runs)" for h, n in counts.items())
+            raise DataError(
+                f"runs of {len(counts)} kinds that are not comparable (validation set, packing or sequence length differ): "
+                f"{kinds}; name the one to use, or name several to mix them in spite of it"
+            )
+        return self
+
+    def left_out_frame(self) -> pd.DataFrame:
+        return pd.DataFrame([x.as_dict() for x in self.left_out], columns=["row", "reason"])
+
+
+def table_from_frame(
+    raw: pd.DataFrame,
+    *,
+    source: str,
+    convention: str | None = None,
+    left_out: Iterable[LeftOut] = (),
+    notes: Iterable[str] = (),
+    curves: Mapping[str, np.ndarray] | None = None,
+) -> RunTable:
+    """Clean raw rows that already have the standard column names; find budgets and FLOPs that the table does not give.
+
+    C is the FLOPs column where there is one, else the budget, else 6·N·D. `convention` picks N among the N_* columns.
+    Raises DataError when no row is usable, with the first reasons.
+    """
+    raw = raw.reset_index(drop=True)
+    notes = list(notes)
+    if "row" not in raw:
+        raw = raw.assign(row=[f"row {i + 1}" for i in range(len(raw))])
+    if convention is not None:
+        raw = raw.assign(N=raw[f"N_{convention}"])
+    frame, gone = clean(raw)
+    gone = [*left_out, *gone]
+    if frame.empty:
+        reasons = "; ".join(f"{x.row}: {x.reason}" for x in gone[:3]) or "the table is empty"
+        raise DataError(f"{source}: no usable run among {len(gone)} ({reasons})")
+    given = frame["budget"].to_numpy() if frame["budget"].notna().any() else None
+    nominal = 6.0 * frame["N"] * frame["D"]
+    if frame["C"].isna().any():
+        where = "the budget column where it has one, else 6·N·D" if given is not None else "6·N·D"
+        notes.append(f"{int(frame['C'].isna().sum())} runs without a FLOPs column: C is {where}")
+    compute = frame["C"].fillna(frame["budget"]).fillna(nominal)
+    budget, how = assign_budgets(compute.to_numpy(), given)
+    notes.append(f"budgets: {how}")
+    frame = frame.assign(C=compute, budget=budget, group=frame["group"].where(frame["group"] != "", frame["run_id"]))
+    return RunTable(
+        frame=frame,
+        left_out=tuple(gone),
+        source=source,
+        convention=convention or NO_CONVENTION,
+        notes=tuple(notes),
+        curves=dict(curves or {}),
+    )
+
+
+def load_records(paths: str | Path | Sequence[str | Path], *, convention: str = "matrices_lm_head") -> RunTable:
+    """Our own run records: folders searched for record.json, or the files themselves. Torn files and other schemas are listed
+    as left out. DataError when nothing is usable."""
+    if convention not in CONVENTIONS:
+        raise DataError(f"convention {convention!r} is unknown; known: {', '.join(CONVENTIONS)}")
+    rows, curves, left_out = read_records(paths)
+    name = str(paths) if isinstance(paths, (str, Path)) else ", ".join(map(str, paths))
+    if not rows:
+        raise DataError(f"{name}: no readable run record ({left_out[0].row}: {left_out[0].reason})")
+    return table_from_frame(pd.DataFrame(rows), source=name, convention=convention, left_out=left_out, curves=curves)
+
+
+def load_csv(
+    path: str | Path,
+    mapping: Mapping[str, str] | None = None,
+    *,
+    drop_outliers: str | None = None,
+    sequence_len: int | None = None,
+) -> RunTable:
+    """Anybody's table of runs: CSV (or .tsv, .parquet).
+
+    `mapping`: what (params, tokens, loss, budget, flops, batch, lr, weight_decay, width, seed, group …: KEYS) -> column name.
+    What it does not name is looked for under usual names (ALIASES). N, D and B are counts (parameters, tokens, tokens);
+    `sequence_len` multiplies a batch that is given in sequences. `drop_outliers` names a column: rows where it is true are
+    listed and left out. Raises DataError on a missing file or column.
+    """
+    raw = _read_frame(Path(path))
+    if mapping is None and set(NANOCHAT_COLUMNS) <= set(raw.columns):
+        return _nanochat_table(raw, str(path))
+    chosen, notes = _choose_columns(raw, dict(mapping or {}), str(path))
+    data = {KEYS[key]: raw[column] for key, column in chosen.items()}
+    frame = pd.DataFrame(data, index=raw.index)
+    for column in ("N", "D", "L"):
+        frame[column] = raw[chosen[{v: k for k, v in KEYS.items()}[column]]]
+    if sequence_len is not None and "B" in frame:
+        frame["B"] = pd.to_numeric(frame["B"], errors="coerce") * sequence_len
+    if "outlier" not in frame:
+        flags = [c for c in raw.columns if c.lower() in ("outlier", "is_outlier", "epoch_outlier")]
+        if flags:
+            frame["outlier"] = _as_bool(raw[flags[0]])
+            notes.append(f"column {flags[0]!r} flags {int(frame['outlier'].sum())} outliers; they are kept unless dropped by name")
+    else:
+        frame["outlier"] = _as_bool(frame["outlier"])
+    if drop_outliers is not None:
+        if drop_outliers not in raw.columns:
+            raise DataError(f"{path}: no column {drop_outliers!r} to drop outliers by; columns: {', '.join(map(str, raw.columns))}")
+        frame["drop"] = np.where(_as_bool(raw[drop_outliers]), f"flagged in column {drop_outliers}", "")
+    frame["row"] = [f"row {i + 2}" for i in range(len(raw))]  # line of the file, below the header
+    return table_from_frame(frame, source=str(path), notes=notes)
+
+
+def load_nanochat_results(path: str | Path, *, convention: str = "matrices_lm_head") -> RunTable:
+    """results.csv of nanochat's scaling-law script. A core_score of exactly 0 means that it was not measured there."""
+    raw = _read_frame(Path(path))
+    missing = [c for c in NANOCHAT_COLUMNS if c not in raw.columns]
+    if missing:
+        raise DataError(f"{path}: not nanochat's results.csv, column {missing[0]!r} is missing; use load_csv with a mapping")
+    return _nanochat_table(raw, str(path)).with_convention(convention)
+
+
+def _read_frame(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give a CSV or parquet table of runs")
+    try:
+        if path.suffix == ".parquet":
+            frame = pd.read_parquet(path)
+        else:
+            frame = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+    except (ValueError, OSError) as e:  # pandas and pyarrow parse errors are ValueErrors
+        raise DataError(f"{path}: cannot be read as a table ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
+    if frame.empty:
+        raise DataError(f"{path}: the table has no rows")
+    return frame
+
+
+def _choose_columns(raw: pd.DataFrame, mapping: dict[str, str], where: str) -> tuple[dict[str, str], list[str]]:
+    notes: list[str] = []
+    for key, column in mapping.items():
+        if key not in KEYS:
+            raise DataError(f"mapping names {key!r}, which is unknown; known: {', '.join(KEYS)}")
+        if column not in raw.columns:
+            raise DataError(f"{where}: no column {column!r} (for {key}); columns: {', '.join(map(str, raw.columns))}")
+    chosen = dict(mapping)
+    if "loss" not in chosen and set(STEPLAW_COLUMNS) <= set(raw.columns):
+        chosen["loss"] = "sl"
+        notes.append("loss: the smoothed column 'sl' (the raw last-step loss has 1.4% noise); map loss to choose another")
+    for key, names in ALIASES.items():
+        if key not in chosen:
+            found = [n for n in names if n in raw.columns and n not in chosen.values()]
+            if found:
+                chosen[key] = found[0]
+    for key in ("params", "tokens", "loss"):
+        if key not in chosen:
+            raise DataError(f"{where}: no column for {key}; name it in the mapping; columns: {', '.join(map(str, raw.columns))}")
+    return chosen, notes
+
+
+def _as_bool(values: pd.Series) -> pd.Series:
+    return values.map(lambda v: str(v).strip().lower() in ("true", "1", "1.0", "yes")).astype(bool)
+
+
+def _nanochat_table(raw: pd.DataFrame, source: str) -> RunTable:
+    matrices, head = (pd.to_numeric(raw[c], errors="coerce") for c in ("params_transformer", "params_lm_head"))
+    tables = sum(pd.to_numeric(raw[c], errors="coerce") for c in ("params_wte", "params_value_embeds"))
+    core = pd.to_numeric(raw["core_score"], errors="coerce") if "core_score" in raw else pd.Series(np.nan, index=raw.index)
+    frame = pd.DataFrame(
+        {
+            "row": [f"row {i + 2}" for i in range(len(raw))],
+            "N_matrices_lm_head": matrices + head, "N_all": raw["params_total"], "N_matrices": matrices,
+            "D": raw["tokens_trained"], "L": raw["val_bpb"], "budget": raw["flops_budget"], "C": raw["flops_budget"],
+            "width": raw["model_dim"], "depth": raw["depth"], "core": core.where(core != 0),
+            "seconds": raw.get("train_time_sec", pd.Series(np.nan, index=raw.index)),
+            "embedding_share": tables / pd.to_numeric(raw["params_total"], errors="coerce"),
+        }
+    )  # fmt: skip
+    return table_from_frame(frame, source=source, convention="matrices_lm_head", notes=["nanochat's results.csv"])
