@@ -1,0 +1,141 @@
+"""What a sweep is: a question, cells, a space. Frozen plain data; nothing here runs or imports Ray, Optuna or torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nanochat_model.config import GPTConfig, Packing, RuntimeConfig
+from nanochat_model.errors import ConfigError
+from nanochat_model.horizon import Horizon
+from nanochat_model.recipe import NANOCHAT, Recipe
+from nanoladder.space import Dimension, Space, is_finite
+
+Sampler = Literal["auto", "grid", "tpe", "gp", "qmc", "cmaes", "random"]
+Backend = Literal["auto", "actor", "train"]
+Metric = Literal["val_bpb", "core", "train_seconds"]
+Purpose = Literal["", "allocation", "batch_size", "learning_rate", "weight_decay", "noise", "promotion", "production"]
+SAMPLERS: tuple[Sampler, ...] = ("auto", "grid", "tpe", "gp", "qmc", "cmaes", "random")
+ADAPTIVE: tuple[Sampler, ...] = ("tpe", "gp", "cmaes")  # what they suggest depends on what was seen
+BASELINE = "baseline"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One model at one horizon. Batch, learning rates and weight decay follow from its own N and D by the recipe."""
+
+    model: GPTConfig
+    horizon: Horizon | None = None  # None: the recipe's tokens per parameter
+    name: str = ""  # "": made from the model and the horizon, unique within a sweep
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # of this cell alone
+    space: Space | None = None  # in place of the sweep's
+    tags: Mapping[str, str] = field(default_factory=dict)  # go into its records
+
+    @property
+    def label(self) -> str:
+        return self.name or f"{_model_label(self.model)}-{_horizon_label(self.horizon)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A question to a set of cells: every candidate of the space (or every variant) is trained in every cell, by every seed.
+
+    `variants` are named sets of overrides ("baseline": {}), for comparing recipes; a sweep has variants or a space, not both.
+    """
+
+    name: str  # of its folder, Optuna studies and MLflow run
+    question: str
+    source: str = ""  # where the question or its expected answer comes from
+    purpose: Purpose = ""  # which law its records serve
+    stage: str = ""
+    recipe: Recipe = NANOCHAT
+    cells: tuple[Cell, ...] = ()
+    space: Space = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # of every run
+    sampler: Sampler = "auto"  # grid where the space is finite and num_trials is 0, else TPE
+    num_trials: int = 0  # candidates a cell; 0: all of a finite space
+    seeds: tuple[int, ...] = (0,)  # a candidate's value is the mean over them
+    metric: Metric = "val_bpb"
+    extend_edges: bool = False  # a grid whose best value is its first or last grows by two geometric points, at most twice
+    parallel_trials: int = 4  # candidates of one cell in flight, for samplers that learn: suggestion k has seen the
+    # results up to k − parallel_trials exactly, so the runs of a sweep do not depend on who finishes first
+    packing: Packing = "best_fit"
+    backend: Backend = "auto"  # actor for one device and under ten minutes, else train
+    device: str = ""  # the accelerator it is meant for, say "h100"; "": whatever there is
+    devices_per_trial: int = 1
+    trials_per_device: int = 1  # small trials that share one accelerator
+    threads_per_trial: int = 1  # CPU threads, and CPUs reserved, of a device's process
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(f"sweep name {self.name!r} may hold letters, digits and . _ - (a / for folders), say wd_d12")
+        if not self.cells:
+            raise ConfigError(f"sweep {self.name} has no cells; give at least one Cell(model=…, horizon=…)")
+        labels = [c.label for c in self.cells]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ConfigError(f"sweep {self.name} has two cells named {twice[0]!r}; give each a name of its own")
+        if self.variants and (self.space or any(c.space for c in self.cells)):
+            raise ConfigError(f"sweep {self.name} has both variants and a space; use one of them")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError(f"seeds {self.seeds} of sweep {self.name} must be different and at least one")
+        for name in ("devices_per_trial", "trials_per_device", "parallel_trials", "threads_per_trial"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} of sweep {self.name} must be at least 1")
+        if self.devices_per_trial > 1 and self.trials_per_device > 1:
+            raise ConfigError(
+                f"sweep {self.name}: devices_per_trial {self.devices_per_trial} and trials_per_device "
+                f"{self.trials_per_device} exclude each other; leave one at 1"
+            )
+        if self.devices_per_trial > 1 and self.backend == "actor":
+            raise ConfigError(f'sweep {self.name}: backend "actor" has one device; use "train" for {self.devices_per_trial}')
+        for cell in self.cells:
+            self._check_sampler(cell)
+
+    def _check_sampler(self, cell: Cell) -> None:
+        space = self.space_of(cell)
+        if self.sampler not in SAMPLERS:
+            raise ConfigError(f"sampler {self.sampler!r} of sweep {self.name} must be one of {', '.join(SAMPLERS)}")
+        if self.num_trials < 0:
+            raise ConfigError(f"num_trials {self.num_trials} of sweep {self.name} must be 0 (all of a grid) or more")
+        if not is_finite(space) and self.num_trials == 0:
+            raise ConfigError(f"sweep {self.name} has a continuous space and no num_trials; say how many candidates a cell gets")
+        if self.sampler == "grid" and not is_finite(space):
+            raise ConfigError(f"sweep {self.name}: sampler grid needs Grid or Choice dimensions; use tpe or qmc for ranges")
+        if self.sampler not in ("auto", "grid") and self.num_trials == 0:
+            raise ConfigError(f"sweep {self.name}: sampler {self.sampler} needs num_trials, the candidates a cell gets")
+
+    def space_of(self, cell: Cell) -> Mapping[str, Dimension]:
+        return cell.space if cell.space is not None else self.space
+
+    def sampler_of(self, cell: Cell) -> Sampler:
+        """The sampler with "auto" resolved."""
+        if self.sampler != "auto":
+            return self.sampler
+        return "grid" if self.variants or (is_finite(self.space_of(cell)) and self.num_trials == 0) else "tpe"
+
+    @property
+    def direction(self) -> Literal["minimize", "maximize"]:
+        return "maximize" if self.metric == "core" else "minimize"
+
+
+def _model_label(model: GPTConfig) -> str:
+    regular = model.model_dim == 64 * model.depth
+    return f"d{model.depth}" if regular else f"d{model.depth}w{model.model_dim}"
+
+
+def _horizon_label(horizon: Horizon | None) -> str:
+    if horizon is None:
+        return "compute-optimal"
+    if horizon.tokens_per_param is not None:
+        return f"r{horizon.tokens_per_param:g}"
+    if horizon.train_flops is not None:
+        return f"{horizon.train_flops:.3g}F".replace("e+", "e")
+    if horizon.num_steps is not None:
+        return f"{horizon.num_steps}steps"
+    return f"{horizon.num_tokens:.3g}tok".replace("e+", "e")
