@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nanochat_model.config import GPTConfig
 from nanochat_model.counts import count_params, flops_per_token
@@ -17,7 +18,7 @@ from nanochat_model.record import RunRecord
 
 SECONDS_PER_HOUR = 3600.0
 # nanochat on 8×H100, bf16: 41% at d12, 46% at d18, 50% at d24 (its log, January to March 2026). N of matrices + lm_head.
-H100_MFU = ((110_100_912, 0.41), (324_403_488, 0.46), (729_810_624, 0.50))
+H100_MFU = ((110_100_912, 0.41), (324_404_172, 0.46), (729_810_624, 0.50))
 AMD_MFU = 0.275  # nanochat d24 on one MI300X with SDPA: 68k tokens/s
 CPU_FLOPS_PER_SECOND = 1e11  # two ordinary server cores in bf16; machines differ by 5 times
 NEAREST_RUNS = 5
@@ -166,7 +167,7 @@ def _assumed_mfu(model: GPTConfig, spec: DeviceSpec) -> tuple[float, str]:
     elif x >= points[-1][0]:
         share = points[-1][1]
     else:
-        (x0, y0), (x1, y1) = next(p for p in zip(points, points[1:], strict=False) if x <= p[1][0])
+        (x0, y0), (x1, y1) = next(p for p in pairwise(points) if x <= p[1][0])
         share = y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return share, f"assumed: MFU {share:.0%}, between nanochat's 41% (d12) and 50% (d24) on 8×H100"
 

@@ -1,0 +1,106 @@
+"""The `nanoladder` command: a table of commands, each imported only when it is asked for.
+
+A user's mistake (ConfigError, DataError) becomes one line on stderr and exit status 2; Ctrl-C becomes one line and 130.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    module: str  # under nanoladder.cli
+    args: str  # the dataclass that parses its arguments and has run()
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("demo", "Demo", "the whole ladder on this machine, from corpus to a chat reply"),
+    "data": Command("data", "Data", "text into corpus, tokenizer and token shards"),
+    "tokenizer": Command("data", "TokenizerCommand", "train a tokenizer, or look at how one cuts a text"),
+    "count": Command("count", "Count", "parameters and FLOPs of a depth"),
+    "train": Command("train", "Train", "one pretraining run in this process, without Ray"),
+    "sweep": Command("sweep", "SweepCommand", "run a sweep file on Ray"),
+    "runs": Command("runs", "Runs", "table of run records"),
+    "fit": Command("laws", "Fit", "laws from run records or any table of runs"),
+    "report": Command("laws", "Report", "laws and runs as one HTML page"),
+    "plan": Command("plan", "Plan", "what a run takes and what loss it should reach; solves backwards too"),
+    "launch": Command("launch", "Launch", "the planned run on Ray Train, then prediction against result"),
+    "sft": Command("talk", "Sft", "fine-tune a checkpoint on conversations"),
+    "eval": Command("talk", "Eval", "validation bpb and CORE of a checkpoint"),
+    "chat": Command("talk", "Chat", "talk to a checkpoint in the terminal"),
+    "import-nanochat": Command("convert", "ImportNanochat", "read a nanochat checkpoint into this layout"),
+    "export-nanochat": Command("convert", "ExportNanochat", "write a checkpoint in nanochat's layout"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: nanoladder COMMAND [OPTIONS]",
+            "",
+            "Sweeps of a nanochat-style GPT on Ray, scaling laws with intervals, and the run those laws predict.",
+            "",
+            *lines,
+            "",
+            "nanoladder COMMAND --help shows a command's options and an example.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the `nanoladder` script; always leaves through SystemExit."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command line and return its exit status."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"nanoladder {version('nanoladder')}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        return fail(f"unknown command {name!r}; did you mean {near!r}? nanoladder --help lists all")
+    command = COMMANDS[name]
+    try:
+        return _run(name, command, rest)
+    except KeyboardInterrupt:
+        print(f"\nnanoladder {name}: interrupted; run it again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone: that is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ValueError as e:
+        if is_user_error(e):
+            return fail(str(e))
+        raise
+
+
+def _run(name: str, command: Command, rest: list[str]) -> int:
+    import tyro
+
+    args = getattr(import_module(f"nanoladder.cli.{command.module}"), command.args)
+    parsed = tyro.cli(args, prog=f"nanoladder {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
+    return int(parsed.run() or 0)
+
+
+def is_user_error(e: BaseException) -> bool:
+    """Whether `e` is a mistake of the user's, told apart without importing what was not imported already."""
+    return any(cls.__name__ in ("ConfigError", "DataError") for cls in type(e).__mro__)
+
+
+def fail(message: str) -> int:
+    print(f"nanoladder: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,89 @@
+"""Arguments and output that several commands share."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from nanochat_model.errors import ConfigError
+
+Positional = tyro.conf.Positional
+Json = Annotated[bool, tyro.conf.arg(help="Print JSON for a machine instead of a table.")]
+Storage = Annotated[str, tyro.conf.arg(help="Root folder of data, runs and laws.", metavar="DIR")]
+Overrides = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(
+        name="set", metavar="KEY=VALUE ...", help="Strict overrides by dotted key, for example optimizer.matrix_lr=0.03."
+    ),
+]
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, str]:
+    """{"a.b": "1"} of ("a.b=1",); ConfigError for a part without "=" and for a key given twice."""
+    result: dict[str, str] = {}
+    for item in items:
+        key, sign, value = item.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"override {item!r} is not of the form key=value; for example --set optimizer.matrix_lr=0.03")
+        if key in result:
+            raise ConfigError(f"override {key!r} is given twice ({result[key]!r} and {value!r}); keep one")
+        result[key] = value
+    return result
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, tuples and non-finite numbers as what JSON can hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(to_plain(value), indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", right: Sequence[str] = ()) -> None:
+    """A plain table on stdout; `right` names the columns to align right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width: do not cut what somebody greps
+        console = Console(width=240)
+    console.print(table)
+
+
+def human(value: float | None, digits: int = 3) -> str:
+    """12,345,678 as "12.3M"; small numbers in scientific notation."""
+    if value is None:
+        return "–"
+    if value == 0 or not math.isfinite(value):
+        return str(value)
+    for limit, letter in ((1e15, "e"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value:.{digits}g}" if letter == "e" else f"{value / limit:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "45 s", "12 min" or "35.8 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

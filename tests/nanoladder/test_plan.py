@@ -1,0 +1,150 @@
+"""The planner's arithmetic against runs that happened, and the mistakes it must expose."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nanochat_model.config import GPTConfig
+from nanochat_model.counts import count_params, count_params_2025, flops_per_token
+from nanochat_model.errors import ConfigError
+from nanochat_model.hardware import find_device, require_device
+from nanochat_model.horizon import Horizon
+from nanochat_model.recipe import NANOCHAT
+from nanoladder.memory import choose_micro_batch_rows, estimate_memory
+from nanoladder.plan import Target, make_plan
+from nanoladder.plan_backwards import Goal, solve_goal
+from nanoladder.throughput import all_reduce_seconds, estimate_throughput, flops_mistake, mfu_of
+
+D24 = GPTConfig.from_depth(24, window_pattern="L")
+MI300X_RUN = Target(device="mi300x", tokens_per_second=68_000)  # nanochat d24, SDPA, window L, device batch 32
+
+
+def test_hours_of_the_62_hour_run() -> None:
+    plan = make_plan(D24, horizon=Horizon(num_steps=29_000), target=MI300X_RUN, overrides={"batch_tokens": 524_288})
+    assert plan.hours == pytest.approx(62, abs=0.2)
+    assert plan.step_seconds == pytest.approx(7.7, abs=0.05)
+    assert plan.tokens_per_param == pytest.approx(20.8, abs=0.05)
+    assert plan.throughput.mfu == pytest.approx(0.275, abs=0.001)
+
+
+def test_hours_at_ratio_12() -> None:
+    plan = make_plan(D24, horizon=Horizon(tokens_per_param=12), target=MI300X_RUN, overrides={"batch_tokens": 524_288})
+    assert plan.hours == pytest.approx(36, abs=0.5)
+
+
+def test_d24_with_the_default_recipe_is_nanochats_million_token_batch() -> None:
+    plan = make_plan(D24, target=MI300X_RUN)
+    assert plan.config.batch_tokens == 2**20
+    assert plan.tokens_per_param == pytest.approx(12, rel=1e-3)
+
+
+def test_flops_of_the_leaderboard_run() -> None:
+    """d24 at ratio 12 with the short window of half the context that nanochat had then: 4.33e19 FLOPs."""
+    model = GPTConfig.from_depth(24, window_pattern="SSSL")
+    windows = [2048 if w == 2048 else 1024 for w in model.windows]
+    flops = flops_per_token(model, windows) * 12 * count_params(model).scaling
+    assert flops == pytest.approx(4.33e19, rel=2e-3)
+    rate = flops / 10_949  # seconds on 8 devices
+    assert rate / 8 == pytest.approx(494e12, rel=2e-3)
+    h100 = require_device("NVIDIA H100 80GB HBM3")
+    assert mfu_of(model, rate / flops_per_token(model, windows), h100, num_devices=8, windows=windows) == pytest.approx(
+        0.5, abs=1e-3
+    )
+
+
+def test_gradients_on_gigabit_ethernet() -> None:
+    """186M parameters in fp32: 744 MB, 6 s a step between two machines and towards 12 s between many."""
+    gradients = 4 * count_params_2025(12)
+    assert gradients == pytest.approx(744e6, rel=3e-3)
+    assert all_reduce_seconds(gradients, num_nodes=2, bandwidth_bytes=125e6) == pytest.approx(6, abs=0.1)
+    assert all_reduce_seconds(gradients, num_nodes=100, bandwidth_bytes=125e6) == pytest.approx(12, abs=0.3)
+    assert all_reduce_seconds(gradients, num_nodes=1, bandwidth_bytes=125e6) == 0
+
+
+def test_memory_of_the_105_gigabyte_run() -> None:
+    """nanochat keeps its tables in bf16 and whole logits; ours are fp32 tables and chunked logits."""
+    theirs = estimate_memory(D24, micro_batch_rows=32, table_bytes=2, logits="whole")
+    assert theirs.total == pytest.approx(105e9, rel=0.05)
+    ours = estimate_memory(D24, micro_batch_rows=32)
+    assert ours.logits < theirs.logits / 10
+    assert estimate_memory(D24, micro_batch_rows=32, num_devices=8).optimizer == ours.optimizer / 8
+
+
+def test_micro_batch_fits_or_says_why_not() -> None:
+    rows = choose_micro_batch_rows(D24, rows_per_device=256, memory_bytes=80e9)
+    assert 256 % rows == 0
+    assert estimate_memory(D24, micro_batch_rows=rows).total < 80e9
+    assert estimate_memory(D24, micro_batch_rows=2 * rows).total > 0.92 * 80e9
+    with pytest.raises(ConfigError, match=r"needs \d+ GB, the card offers 74 GB of its 80 GB; take a smaller"):
+        choose_micro_batch_rows(GPTConfig.from_depth(60), rows_per_device=8, memory_bytes=80e9)
+
+
+def test_mfu_above_100_percent_is_refused_and_explained() -> None:
+    """68k tokens/s on an MI300X divided by an A100's peak is the famous 108–113%."""
+    with pytest.raises(ConfigError, match=r"MFU 115% is over 100%.*a wrong device \(a H100 could do it\)"):
+        mfu_of(D24, 68_000, require_device("a100"))
+    with pytest.raises(ConfigError, match="MFU"):
+        make_plan(D24, target=Target(device="a100", tokens_per_second=68_000))
+    with pytest.raises(ConfigError, match=r"mfu 45 must lie in 0\.\.1"):
+        estimate_throughput(D24, "h100", mfu=45)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "name"),
+    [(lambda c: 2 * c.scaling, "2N"), (lambda c: 6 * c.total, "6 × all"), (lambda c: 6 * c.scaling, "6N without attention")],
+)
+def test_flops_mistakes_are_named(claimed, name: str) -> None:
+    found = flops_mistake(D24, claimed(count_params(D24)))
+    assert found is not None and found.startswith(name)
+    assert flops_mistake(D24, flops_per_token(D24)) is None
+
+
+def test_unknown_cards_have_no_peak() -> None:
+    assert find_device("AMD Instinct MI300X VF").name == "MI300X"  # type: ignore[union-attr]
+    assert find_device("NVIDIA A100-SXM4-40GB").memory_bytes == 40e9  # type: ignore[union-attr]
+    assert find_device("NVIDIA H100 PCIe") is None
+    assert find_device("AMD EPYC 9755") is None
+    with pytest.raises(ConfigError, match=r"is not in the table of peaks"):
+        require_device("rtx 4090")
+
+
+def test_batch_must_divide_over_devices() -> None:
+    with pytest.raises(ConfigError, match="256 rows does not divide over 3 devices; nearest batch_tokens: 522240"):
+        make_plan(D24, target=Target(num_devices=3), overrides={"batch_tokens": 524_288})
+
+
+def test_every_value_names_its_rule() -> None:
+    plan = make_plan(D24, target=Target(device="h100", num_devices=8, price_per_device_hour=2.0))
+    assert {u.quantity: u.kind for u in plan.uses} == dict.fromkeys(
+        ("allocation", "batch_size", "learning_rate", "weight_decay"), "rule"
+    )
+    assert plan.dollars == pytest.approx(plan.hours * 16)
+    assert not plan.throughput.measured and "assumed: MFU 50%" in plan.throughput.source
+    assert any("no loss is predicted" in w for w in plan.warnings)
+    assert plan.accumulation_steps * plan.micro_batch_rows * 8 == plan.config.rows_per_batch
+
+
+def solve(**goal: float):
+    target = Target(device="h100", num_devices=8, price_per_device_hour=3.0)
+    return solve_goal(Goal(**goal), target=target, allocation=None, tokens_per_param=NANOCHAT.tokens_per_param, model_args={})
+
+
+def test_backwards_from_flops_hours_and_dollars() -> None:
+    model, flops = solve(flops=4.33e19)
+    assert model.depth == 24 and flops == 4.33e19
+    by_hours, flops_by_hours = solve(budget_hours=10_949 / 3600)
+    assert abs(by_hours.depth - 24) <= 1
+    assert flops_by_hours == pytest.approx(4.33e19, rel=0.02)
+    by_dollars, flops_by_dollars = solve(budget_dollars=24 * 10_949 / 3600)
+    assert by_dollars == by_hours and math.isclose(flops_by_dollars, flops_by_hours)
+
+
+def test_backwards_needs_what_it_needs() -> None:
+    with pytest.raises(ConfigError, match="needs fitted laws"):
+        solve(target_bpb=0.72)
+    with pytest.raises(ConfigError, match="needs a price"):
+        solve_goal(Goal(budget_dollars=100), target=Target(), allocation=None, tokens_per_param=12, model_args={})
+    with pytest.raises(ConfigError, match="2 goals are given"):
+        Goal(flops=1e19, budget_hours=3)
