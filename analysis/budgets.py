@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 GAP = 1.25  # a step larger than this in sorted compute starts a new budget (published ladders step by 1.7x or more)
@@ -50,7 +52,10 @@ def assign_budgets(compute: np.ndarray, given: np.ndarray | None = None) -> tupl
 def _density_peaks(logs: np.ndarray) -> list[np.ndarray]:
     """Index ranges of the densest windows of sorted log compute, greedily, each clearly denser than its neighbours."""
     width, free, peaks = np.log(WINDOW), np.ones(len(logs), dtype=bool), []
-    at = lambda x, side: np.searchsorted(logs, x, side=side)  # noqa: E731
+
+    def at(x: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
+        return np.asarray(np.searchsorted(logs, x, side=side))
+
     start, end = np.arange(len(logs)), at(logs + width, "right")
     counts = end - start
     beside = (at(logs, "left") - at(logs - width, "left") + at(logs + 2 * width, "right") - end) / 2

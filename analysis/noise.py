@@ -1,0 +1,93 @@
+"""Seed noise: how much the loss of one run moves when only its seed changes. Relative (standard deviation of log loss), since
+it is about the same share of the loss at neighbouring scales; the pooled estimate says when it is not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+REPLICATE_KEY = ("N", "D", "B", "lr", "weight_decay", "width", "depth", "sequence_len", "variant", "comparable_hash")
+FEW_DF = 2  # below this the chi-square interval spans over a decade
+HETEROGENEOUS_P = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedNoise:
+    """`sd`: relative standard deviation of one run's loss. `df`: runs minus cells. `low`, `high`: chi-square interval of sd."""
+
+    sd: float
+    df: int
+    low: float | None = None
+    high: float | None = None
+    level: float = 0.9
+    status: str = "converged"  # or too_few
+    message: str = ""
+    cells: tuple[dict[str, Any], ...] = ()  # {n, sd, loss, N, D, run_ids}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "cells": [dict(c) for c in self.cells]}
+
+
+def estimate_noise(frame: pd.DataFrame, *, level: float = 0.9) -> SeedNoise | None:
+    """Pooled relative variance over groups of runs that differ in their seed only; None without any replicate.
+
+    s² = Σ_cells Σ_i (log L_i − mean)² / Σ_cells (n − 1), and (df·s²/χ²) for its interval. Runs are grouped by the hash of
+    their whole config where the table has it, else by every column that describes them (the seed column must be there).
+    """
+    seeded = frame[frame["seed"].notna()]
+    if seeded.empty:
+        return None
+    has_hash = (seeded["cell"] != "").all()
+    keys = [seeded["cell"]] if has_hash else [seeded[c].astype(object).fillna("") for c in REPLICATE_KEY]
+    cells: list[dict[str, Any]] = []
+    total, df = 0.0, 0
+    groups: list[np.ndarray] = []
+    counts = seeded["seed"].groupby(keys).transform("nunique")
+    repeated = seeded[counts >= 2]
+    for _, cell in repeated.groupby([k[counts >= 2] for k in keys], sort=False):
+        logs = np.log(cell["L"].to_numpy())
+        spread = float(((logs - logs.mean()) ** 2).sum())
+        total, df = total + spread, df + len(logs) - 1
+        groups.append(logs)
+        cells.append(
+            {
+                "n": len(logs), "sd": float(np.sqrt(spread / (len(logs) - 1))), "loss": float(np.exp(logs.mean())),
+                "N": float(cell["N"].iloc[0]), "D": float(cell["D"].iloc[0]), "run_ids": [r for r in cell["run_id"] if r],
+            }
+        )  # fmt: skip
+    if not cells:
+        return None
+    sd = float(np.sqrt(total / df))
+    low, high = (float(np.sqrt(total / stats.chi2.ppf(q, df))) for q in ((1 + level) / 2, (1 - level) / 2))
+    enough = df >= FEW_DF
+    message = f"{sum(c['n'] for c in cells)} runs in {len(cells)} cells, {df} degrees of freedom"
+    if not enough:
+        message += "; one pair of seeds says little, run at least 3 seeds at one middle cell"
+    big = [g for g in groups if len(g) >= 3 and np.ptp(g) > 0]
+    if len(big) >= 2 and stats.bartlett(*big).pvalue < HETEROGENEOUS_P:
+        worst, best = max(cells, key=lambda c: c["sd"]), min(cells, key=lambda c: c["sd"])
+        message += (
+            f"; it is not the same everywhere ({best['sd']:.2%} at N={best['N']:.3g}, {worst['sd']:.2%} at N={worst['N']:.3g})"
+        )
+    return SeedNoise(
+        sd=sd,
+        df=df,
+        low=low,
+        high=high,
+        level=level,
+        status="converged" if enough else "too_few",
+        message=message,
+        cells=tuple(cells),
+    )
+
+
+def pool_variance(*parts: tuple[float, float]) -> tuple[float, float]:
+    """Pooled (variance, df) of independent estimates (variance, df); (nan, 0) when none has a degree of freedom."""
+    df = sum(d for _, d in parts if d > 0)
+    if df <= 0:
+        return float("nan"), 0.0
+    return sum(v * d for v, d in parts if d > 0) / df, df
