@@ -237,10 +237,12 @@ class RuntimeConfig:
     num_threads: int = 0  # CPU threads; 0: as torch finds it
     checkpoint_every_steps: int = 0  # 0: only at the end
     checkpoint_every_seconds: float = 0.0  # 0: off
-    keep_last: int = 2
+    keep_last: int = 2  # newest checkpoints that stay; 0: none is written at all
+    keep_steps: tuple[int, ...] = ()  # steps whose checkpoint is written and never removed (a trunk's branching points)
     log_every_steps: int = 10
     core_every_steps: int = 0
-    core_bundle: str = ""
+    core_bundle: str = ""  # folder or zip of the CORE tasks
+    core_max_per_task: int = 500  # examples a task during training; 0: all
     sample_every_steps: int = 0
     diagnostics_every_steps: int = 0
     price_per_device_hour: float = 0.0  # dollars, for the live line

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nanochat_model.errors import ConfigError
 
+T = TypeVar("T")
 DEFAULT_TIMEOUT_SECONDS = 1800.0  # rank 0 may save a large checkpoint while the others wait
 
 
@@ -120,6 +121,20 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=_group_device())
     return box[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """The result of `function`, which runs on rank 0 only. An error it raises is raised on every rank, so that none waits."""
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if current_ranks().is_main:
+        try:
+            outcome = (function(), None)
+        except Exception as e:
+            outcome = (None, e)
+    value, error = broadcast(outcome)
+    if error is not None:
+        raise error
+    return value
 
 
 def barrier() -> None:

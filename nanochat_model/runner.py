@@ -1,0 +1,196 @@
+"""The pretraining loop: steps, and between them evaluation, checkpoints, reports and the decision to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nanochat_model import diagnostics
+from nanochat_model.callbacks import Callbacks
+from nanochat_model.checkpoint import CHECKPOINTS_DIR, CheckpointState, capture_rng, save_checkpoint, step_dir
+from nanochat_model.distributed import all_max, barrier, broadcast
+from nanochat_model.evaluate import evaluate_bpb
+from nanochat_model.identity import run_id
+from nanochat_model.loop import FrozenGarbage, Multipliers, frozen_garbage
+from nanochat_model.progress import GIVE_UP_STEPS, Progress
+from nanochat_model.record import Status
+from nanochat_model.resume import multipliers_at
+from nanochat_model.session import Session
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on; the message goes into its record."""
+
+
+class Runner:
+    """Drives one session from `progress.step` to the end. All ranks run it in lockstep."""
+
+    def __init__(
+        self, session: Session, progress: Progress, callbacks: Callbacks, *, run_dir: Path, parents: dict[str, str]
+    ) -> None:
+        self.session = session
+        self.config = session.config
+        self.runtime = session.runtime
+        self.ranks = session.ranks
+        self.progress = progress
+        self.callbacks = callbacks
+        self.run_dir = run_dir
+        self.parents = parents
+        self._saved_step = progress.step  # of the newest checkpoint: the one resumed from, or none worth writing at 0
+        self._saved_at = time.monotonic()
+
+    def run(self, start_step: int) -> tuple[Status, str | None]:
+        """Train to the end. Returns the status and its reason. Raises TrainingFailed when values stay non-finite."""
+        self.callbacks.call("on_start", self.config, start_step)
+        stopped = self._stop_agreed()
+        with frozen_garbage() as garbage:
+            while not stopped and self.progress.step < self.config.num_steps:
+                stopped = self._one_step(garbage)
+        self.progress.clock.stop()
+        if not stopped:
+            self._evaluate_if(self.progress.val_bpb is None)
+            if self.runtime.core_bundle and self.progress.core is None:
+                self._evaluate_core()
+        self._save_if(self.progress.step > self._saved_step)
+        return ("stopped", self.callbacks.stop_reason) if stopped else ("complete", None)
+
+    def _one_step(self, garbage: FrozenGarbage) -> bool:
+        """One update and whatever is due after it. Returns whether to stop."""
+        p = self.progress
+        p.clock.start()
+        at = p.step
+        multipliers = multipliers_at(self.config, at)
+        measured = _due(at + 1, self.runtime.diagnostics_every_steps)
+        metrics: dict[str, float] = {}
+        if measured:
+            metrics, outcome = diagnostics.measured_step(self.session.stepper, self.session.batch(at), multipliers)
+        else:
+            outcome = self.session.stepper.step(self.session.batch(at), multipliers)
+        p.after_step(outcome.loss, skipped=outcome.skipped)
+        garbage.after_step(p.steps_here)
+        if outcome.blamed:
+            self._note_non_finite(at)
+        return self._pauses(multipliers, metrics)
+
+    def _note_non_finite(self, at: int) -> None:
+        """Find the layer once where a streak begins; fail the run when it lasts. Skipped updates leave the weights as they were,
+        so the place found is where it began."""
+        p = self.progress
+        p.bad_streak += 1
+        if p.bad_streak == 1:
+            p.clock.stop()
+            p.bad_since = p.step
+            p.bad_where = self._agree_text(diagnostics.locate_non_finite(self.session.stepper, self.session.batch(at)))
+        if p.bad_streak >= GIVE_UP_STEPS:
+            raise TrainingFailed(
+                f"loss or gradient not finite for {p.bad_streak} steps in a row, since step {p.bad_since}; it began in "
+                f"{p.bad_where}. Lower the learning rates, or use compute_dtype float32 to see whether precision is the cause"
+            )
+
+    def _agree_text(self, text: str) -> str:
+        """The first rank's text that is not empty, on every rank."""
+        if self.ranks.world_size == 1:
+            return text or "no layer: it did not happen again when repeated"
+        texts: list[str] = [""] * self.ranks.world_size
+        dist.all_gather_object(texts, text)
+        found = [f"{t} (rank {i})" for i, t in enumerate(texts) if t]
+        return found[0] if found else "no layer: it did not happen again when repeated"
+
+    def _pauses(self, multipliers: Multipliers, metrics: dict[str, float]) -> bool:
+        """Reports, evaluation and checkpoints that are due after this step. Returns whether to stop."""
+        p, last = self.progress, self.progress.step == self.config.num_steps
+        report = last or bool(metrics) or _due(p.step, max(1, self.runtime.log_every_steps))
+        evaluate = _due(p.step, self.config.eval.every_steps) and not last
+        core = _due(p.step, self.runtime.core_every_steps) and bool(self.runtime.core_bundle) and not last
+        sample = _due(p.step, self.runtime.sample_every_steps)
+        save = self._save_due(report) and not last
+        if not (report or evaluate or core or sample or save):
+            return False
+        info = p.step_info(multipliers.lr, metrics) if report and self.callbacks else None
+        p.clock.stop()
+        if info is not None:
+            self.callbacks.call("on_step", info)
+        self._evaluate_if(evaluate)
+        if core:
+            self._evaluate_core()
+        if sample:
+            self._sample()
+        self._save_if(save)
+        return not last and self._stop_agreed()
+
+    def _save_due(self, at_report: bool) -> bool:
+        step, every_seconds = self.progress.step, self.runtime.checkpoint_every_seconds
+        due = _due(step, self.runtime.checkpoint_every_steps) or step in self.runtime.keep_steps
+        if every_seconds > 0 and at_report and not due:  # clocks differ between ranks, so rank 0's decides
+            due = broadcast(time.monotonic() - self._saved_at >= every_seconds)
+        return due
+
+    def _stop_agreed(self) -> bool:
+        """Whether a callback of any rank asked to stop."""
+        mine = self.callbacks.stop_reason
+        if not all_max([float(mine is not None)])[0]:
+            return False
+        self.callbacks.stop_reason = mine or "stopped by another rank's callback"
+        return True
+
+    def _evaluate_if(self, due: bool) -> None:
+        if not due:
+            return
+        s = self.session
+        val_bpb = evaluate_bpb(s.model, s.validation, s.token_bytes)
+        if not math.isfinite(val_bpb):
+            raise TrainingFailed(f"validation bpb is {val_bpb} at step {self.progress.step}: the weights are not finite any more")
+        self.callbacks.call("on_eval", self.progress.point(val_bpb))
+
+    def _evaluate_core(self) -> None:
+        from nanochat_model.core import evaluate_core  # needs PyYAML; only runs that ask for CORE do
+
+        result = evaluate_core(
+            self.session.model, self.session.tokenizer(), self.runtime.core_bundle, max_per_task=self.runtime.core_max_per_task
+        )
+        self.progress.core = result.core if self.progress.step == self.config.num_steps else None
+        self.callbacks.call("on_metrics", self.progress.step, result.as_metrics())
+
+    def _sample(self) -> None:
+        if self.ranks.is_main:
+            from nanochat_model.chat import sample_texts
+
+            texts = sample_texts(self.session.model, self.session.tokenizer())
+            self.callbacks.call("on_sample", self.progress.step, texts)
+        barrier()
+
+    def _save_if(self, due: bool) -> None:
+        if not due or self.runtime.keep_last <= 0:
+            return
+        p = self.progress
+        optimizer_state = self.session.optimizer.consolidated_state(dst=0)  # every rank takes part
+        if self.ranks.is_main:
+            state = CheckpointState(
+                step=p.step,
+                model=self.config.model,
+                config=self.config,
+                run_id=run_id(self.config),
+                parents=self.parents,
+                rng=capture_rng(),
+                curve=tuple(p.curve),
+                seconds=p.clock.seconds,
+                loop=p.as_loop_state() | self.session.stepper.loss_scale.as_dict(),
+            )
+            save_checkpoint(
+                self.run_dir / CHECKPOINTS_DIR,
+                state,
+                self.session.model.state_dict(),
+                optimizer_state,
+                keep_last=self.runtime.keep_last,
+                keep_steps=self.runtime.keep_steps,
+            )
+        self._saved_step, self._saved_at = p.step, time.monotonic()
+        barrier()
+        self.callbacks.call("on_checkpoint", step_dir(self.run_dir / CHECKPOINTS_DIR, p.step), p.step)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

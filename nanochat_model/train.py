@@ -1,0 +1,263 @@
+"""Pretraining: one function, one process (or one rank of several), from a TrainConfig to a RunRecord.
+
+`python -m nanochat_model.train --help` runs it from a shell, under torchrun or alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nanochat_model import device as devices
+from nanochat_model.callbacks import Callback, Callbacks
+from nanochat_model.checkpoint import (
+    CHECKPOINTS_DIR,
+    all_checkpoints,
+    load_weights,
+    read_optimizer_state,
+    read_state,
+    restore_rng,
+    step_dir,
+    step_of,
+    verify,
+)
+from nanochat_model.config import RuntimeConfig, TrainConfig
+from nanochat_model.counts import count_params
+from nanochat_model.distributed import barrier, current_ranks, on_main
+from nanochat_model.errors import ConfigError
+from nanochat_model.identity import run_id, write_atomic
+from nanochat_model.loop import Clock
+from nanochat_model.progress import Progress
+from nanochat_model.record import RECORD_FILE, RunRecord, Status
+from nanochat_model.resume import HorizonChange, Start, check_same_run, own_start, parent_hashes, trunk_start
+from nanochat_model.runner import Runner, TrainingFailed
+from nanochat_model.session import Session, build_session
+from nanochat_model.version import git_commit
+
+CONFIG_FILE = "config.json"
+DEFAULT_RUNTIME = RuntimeConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What a record says about a run besides its result."""
+
+    name: str = ""
+    sweep: str = ""
+    stage: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
+    backend: str = "process"
+    attempts: int = 1
+
+
+def pretrain(
+    config: TrainConfig,
+    runtime: RuntimeConfig = DEFAULT_RUNTIME,
+    *,
+    run_dir: str | Path,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = True,
+    name: str = "",
+    sweep: str = "",
+    stage: str = "",
+    tags: Mapping[str, str] | None = None,
+    backend: str = "process",
+    attempts: int = 1,
+    horizon_change: HorizonChange = "refuse",
+    start_from: str | Path | None = None,
+) -> RunRecord:
+    """Train `config` in `run_dir` and return its record (status complete, stopped or failed).
+
+    A complete record that is there already is returned as it is. With `resume`, training goes on from the newest intact
+    checkpoint; without, earlier checkpoints are set aside. `start_from`: the trunk checkpoint named by `config.trunk`.
+    Several ranks: every rank calls this inside one process group, with the same arguments and a shared `run_dir`.
+
+    Values that stay non-finite give a record with status "failed". Raises ConfigError for input that a user can mend (no
+    record is written then); any other exception is written into a failed record and raised on.
+    """
+    started = time.time()
+    ranks = current_ranks()
+    run_dir = Path(run_dir)
+    labels = Labels(name=name, sweep=sweep, stage=stage, tags=dict(tags or {}), backend=backend, attempts=attempts)
+    existing, start = on_main(lambda: _prepare(config, run_dir, resume, horizon_change, start_from))
+    if existing is not None:
+        return existing
+    session = build_session(config, runtime, ranks)
+    progress = _restore(session, start)
+    parents = parent_hashes(config, start, session.shards.corpus_hash)
+    calls = Callbacks(callbacks)
+    runner = Runner(session, progress, calls, run_dir=run_dir, parents=parents)
+    status, reason, error = _run(runner)
+    record = _make_record(session, progress, labels, status, reason, parents, started)
+    if ranks.is_main:
+        record.save(run_dir)
+    if error is not None:
+        raise error
+    barrier()
+    calls.call("on_end", record)
+    return record
+
+
+def _run(runner: Runner) -> tuple[Status, str | None, Exception | None]:
+    """Status, reason, and the exception to raise once the record is written."""
+    try:
+        status, reason = runner.run(runner.progress.step)
+        return status, reason, None
+    except TrainingFailed as e:
+        return "failed", str(e), None
+    except Exception as e:
+        return "failed", f"{type(e).__name__}: {e}", e
+
+
+def _prepare(
+    config: TrainConfig, run_dir: Path, resume: bool, horizon_change: HorizonChange, start_from: str | Path | None
+) -> tuple[RunRecord | None, Start | None]:
+    """On rank 0: the complete record that is there already, or where to start. Writes config.json."""
+    if (run_dir / RECORD_FILE).is_file() and resume:
+        record = RunRecord.load(run_dir)
+        changed = check_same_run(record.config, config, 0, horizon_change, str(run_dir / RECORD_FILE))
+        if record.status == "complete" and not changed:
+            return record, None
+    if not resume:
+        _set_aside(run_dir)
+    start = own_start(config, run_dir, horizon_change)
+    if start is None and config.trunk:
+        if start_from is None:
+            raise ConfigError(f"config.trunk {config.trunk!r} needs start_from, the folder of that checkpoint; or call decay_from")
+        start = trunk_start(config, Path(start_from))
+    write_atomic(run_dir / CONFIG_FILE, json.dumps({"run_id": run_id(config), **asdict(config)}, indent=1))
+    return None, start
+
+
+def _set_aside(run_dir: Path) -> None:
+    """Rename earlier checkpoints and record, so that a fresh start neither uses nor destroys them."""
+    for name in (CHECKPOINTS_DIR, RECORD_FILE):
+        path = run_dir / name
+        if path.exists():
+            n = 1
+            while (aside := run_dir / f"{name}.before-{n}").exists():
+                n += 1
+            path.rename(aside)
+
+
+def _restore(session: Session, start: Start | None) -> Progress:
+    """Fresh weights, or those of `start`, with optimizer, RNG, loss scale, clock and curve."""
+    seconds = start.state.seconds if start else 0.0
+    progress = Progress(
+        config=session.config,
+        clock=Clock(session.device, seconds),
+        num_devices=session.ranks.world_size,
+        peak_flops=devices.peak_flops(session.device),
+    )
+    if start is None:
+        return progress
+    load_weights(session.model, start.path)
+    optimizer_state = read_optimizer_state(start.path)
+    if optimizer_state is None:
+        raise ConfigError(f"{start.path} holds no optimizer state, so training cannot go on from it; start a new run folder")
+    session.optimizer.load_consolidated(optimizer_state)
+    session.stepper.loss_scale.restore(start.state.loop)
+    restore_rng(start.state.rng)
+    progress.restore(start.state.step, start.state.curve, start.state.loop)
+    return progress
+
+
+def _make_record(
+    session: Session,
+    progress: Progress,
+    labels: Labels,
+    status: Status,
+    reason: str | None,
+    parents: dict[str, str],
+    started: float,
+) -> RunRecord:
+    config = session.config
+    rate = progress.tokens_per_second
+    mfu = progress.mfu(rate)
+    if mfu is not None and mfu > 1:
+        status, reason = "failed", f"mfu {mfu:.2f} is above 1: {progress.peak_flops:.4g} FLOP/s is not the peak of this device"
+    return RunRecord(
+        run_id=run_id(config),
+        status=status,
+        name=labels.name,
+        sweep=labels.sweep,
+        stage=labels.stage,
+        tags=labels.tags,
+        config=config,
+        seed=config.seed,
+        params=count_params(config.model).as_dict(),
+        num_tokens=progress.num_tokens,
+        flops_per_token=progress.flops_per_token,
+        train_flops=progress.train_flops,
+        curve=tuple(progress.curve),
+        val_bpb=progress.val_bpb if status == "complete" else (progress.curve[-1].val_bpb if progress.curve else None),
+        core=progress.core,
+        error=reason,
+        attempts=labels.attempts,
+        backend=labels.backend,
+        device=devices.device_name(session.device),
+        num_devices=session.ranks.world_size,
+        peak_flops_per_device=progress.peak_flops,
+        mfu=mfu,
+        tokens_per_second=rate,
+        train_seconds=progress.clock.seconds,
+        total_seconds=time.time() - started,
+        git_commit=git_commit(),
+        parents=parents,
+        started_at=_iso(started),
+        finished_at=_iso(time.time()),
+    )
+
+
+def _iso(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def decay_config(trunk: TrainConfig, step: int, *, decay_steps: int) -> TrainConfig:
+    """The config of a short decay that branches off `trunk` after `step` steps: the same up to there, then `decay_steps` of
+    warm-down. Raises ConfigError unless the trunk's schedule is constant_then_decay."""
+    if trunk.schedule.kind != "constant_then_decay":
+        raise ConfigError(f"schedule.kind {trunk.schedule.kind!r} cannot be branched; train the trunk with constant_then_decay")
+    if decay_steps < 1:
+        raise ConfigError(f"decay_steps {decay_steps} must be at least 1")
+    num_steps = step + decay_steps
+    schedule = replace(trunk.schedule, warmdown_fraction=decay_steps / num_steps)
+    return replace(trunk, num_steps=num_steps, schedule=schedule, trunk=f"{run_id(trunk)}@{step}")
+
+
+def decay_from(
+    trunk_run_dir: str | Path,
+    step: int,
+    *,
+    decay_steps: int,
+    run_dir: str | Path,
+    runtime: RuntimeConfig = DEFAULT_RUNTIME,
+    **labels: Any,
+) -> RunRecord:
+    """Run a short decay from a trunk's stored checkpoint, as a run of its own whose parent is that checkpoint.
+
+    Tokens, FLOPs, seconds and curve count from the trunk's start: they are the cost of this model. `labels`: callbacks, name,
+    sweep, stage, tags … as in `pretrain`. Raises ConfigError when the trunk has no intact checkpoint at `step`.
+    """
+    path = step_dir(Path(trunk_run_dir) / CHECKPOINTS_DIR, step)
+    if not path.is_dir():
+        have = ", ".join(str(step_of(p)) for p in all_checkpoints(path.parent)) or "none"
+        raise ConfigError(
+            f"trunk {trunk_run_dir} has no checkpoint at step {step} (it has: {have}); train it with runtime.keep_steps"
+        )
+    verify(path)
+    trunk = read_state(path).config
+    if trunk is None:
+        raise ConfigError(f"{path} holds no training config, so nothing can decay from it")
+    return pretrain(decay_config(trunk, step, decay_steps=decay_steps), runtime, run_dir=run_dir, start_from=path, **labels)
+
+
+if __name__ == "__main__":
+    from nanochat_model.train_cli import main
+
+    main()
