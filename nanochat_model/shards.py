@@ -1,0 +1,217 @@
+"""Corpus to token shards: row groups are tokenized by several processes and written in order; an interrupted build goes on
+with the first shard file that is not finished. Memory: a few row groups (4 MB of text) a process."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from nanochat_model.artifacts import Progress, build_folder, sha256_file
+from nanochat_model.corpus import SPLITS, CorpusInfo, open_corpus, split_files
+from nanochat_model.errors import ConfigError
+from nanochat_model.identity import content_hash, write_atomic
+from nanochat_model.shard_set import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    TOKEN_BYTES_FILE,
+    ShardSet,
+    file_entry,
+    manifest_hash,
+    read_manifest,
+)  # fmt: skip
+from nanochat_model.tokenizer import Tokenizer
+
+__all__ = ["ShardSet", "build_shards"]
+SHARD_BYTES = 256 << 20  # of text in one shard file, about 64 million tokens at 4 bytes each
+WINDOW_TOKENS = 1 << 28  # documents are shuffled and packed within windows of whole shard files of this many tokens
+Task = tuple[Path, int]  # parquet file, row group
+Tokenized = tuple[np.ndarray, np.ndarray, int]  # ids with BOS, length of each document, bytes of text
+
+
+def build_shards(
+    corpus_dir: str | Path,
+    tokenizer: Tokenizer,
+    out_dir: str | Path,
+    *,
+    num_workers: int = 1,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    window_tokens: int = WINDOW_TOKENS,
+) -> ShardSet:
+    """Tokenize a corpus into `out_dir`, or find it there. The result does not depend on `num_workers`.
+
+    Raises ConfigError when `out_dir` holds shards of another corpus or tokenizer, or something else.
+    """
+    if num_workers < 1:
+        raise ConfigError(f"num_workers {num_workers} must be at least 1")
+    corpus, out_dir = open_corpus(corpus_dir), Path(out_dir)
+    wanted = {
+        "schema_version": SCHEMA_VERSION, "corpus_hash": corpus.hash, "tokenizer_hash": tokenizer.hash,
+        "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
+        "dtype": "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4", "shard_bytes": shard_bytes, "window_tokens": window_tokens,
+    }  # fmt: skip
+
+    def existing() -> ShardSet | None:
+        manifest = read_manifest(out_dir)
+        if manifest is None:
+            if out_dir.exists() and any(out_dir.iterdir()):
+                raise ConfigError(f"{out_dir} is not empty and holds no {MANIFEST_FILE}; choose another folder or remove it")
+            return None
+        for key, value in wanted.items():
+            if manifest.get(key) != value:
+                raise ConfigError(
+                    f"{out_dir} already holds shards with {key} {manifest.get(key)!r}, asked for {value!r}; choose another folder "
+                    f"or remove this one"
+                )
+        return ShardSet.open(out_dir)
+
+    def build(work: Path) -> None:
+        _Build(corpus, tokenizer, work, wanted, progress).run(num_workers)
+
+    return build_folder(out_dir, content_hash(wanted), existing=existing, build=build, keep_unfinished=True)
+
+
+class _Build:
+    """One build in its work folder. A finished shard file has a {split}_{number}.json beside it: its manifest entry and the
+    number of row groups of the split it and those before it hold."""
+
+    def __init__(self, corpus: CorpusInfo, tokenizer: Tokenizer, work: Path, wanted: dict, progress: Progress | None) -> None:
+        self.corpus, self.tokenizer, self.work, self.wanted, self.progress = corpus, tokenizer, work, wanted, progress
+        self.done_bytes = 0
+
+    def run(self, num_workers: int) -> None:
+        self.tokenizer.save(self.work)
+        splits = {}
+        with _Pool(self.work, num_workers) as pool:
+            for split in SPLITS:
+                files = self._split(split, pool)
+                totals = {k: sum(f[k] for f in files) for k in ("num_docs", "num_tokens", "num_bytes")}
+                splits[split] = {**totals, "files": files}
+        np.save(self.work / TOKEN_BYTES_FILE, self.tokenizer.token_bytes())
+        manifest = {**self.wanted, "token_bytes": file_entry(self.work / TOKEN_BYTES_FILE), "splits": splits}
+        manifest["hash"] = manifest_hash(manifest)
+        known = {MANIFEST_FILE, *(p.name for p in self.work.iterdir() if p.suffix in (".bin", ".npy"))}
+        write_atomic(self.work / MANIFEST_FILE, json.dumps(manifest, indent=1))
+        for path in self.work.glob("*_*.json"):
+            if path.name not in known and path.name.startswith(SPLITS):
+                path.unlink()
+
+    def _split(self, split: str, pool: _Pool) -> list[dict]:
+        tasks = [(path, group) for path in split_files(self.corpus, split) for group in range(_num_row_groups(path))]
+        files: list[dict] = []
+        at = 0
+        while (entry := self._finished(split, len(files))) is not None:
+            files.append({k: v for k, v in entry.items() if k != "row_groups_done"})
+            at = entry["row_groups_done"]
+            self._report(entry["num_bytes"])
+        results = pool.map(tasks[at:])
+        while at < len(tasks):
+            entry = self._write(split, len(files), results, at)
+            at = entry["row_groups_done"]
+            write_atomic(self.work / f"{split}_{len(files):05d}.json", json.dumps(entry))
+            files.append({k: v for k, v in entry.items() if k != "row_groups_done"})
+        return files
+
+    def _finished(self, split: str, number: int) -> dict | None:
+        """The record of a shard file of an earlier, interrupted build, when its files still are what it says."""
+        path = self.work / f"{split}_{number:05d}.json"
+        if not path.exists():
+            return None
+        entry = json.loads(path.read_text(encoding="utf8"))
+        for kind in ("tokens", "offsets"):
+            file = self.work / entry[kind]["name"]
+            if not file.exists() or file.stat().st_size != entry[kind]["size"] or sha256_file(file) != entry[kind]["sha256"]:
+                return None
+        return entry
+
+    def _write(self, split: str, number: int, results: Iterator[Tokenized], at: int) -> dict:
+        """One shard file from the next results, until it holds `shard_bytes` of text."""
+        tokens_path = self.work / f"{split}_{number:05d}.bin"
+        offsets_path = self.work / f"{split}_{number:05d}.offsets.npy"
+        lengths, num_bytes = [np.zeros(1, np.int64)], 0
+        with tokens_path.open("wb") as f:
+            for ids, doc_lengths, text_bytes in results:
+                f.write(ids.astype(self.wanted["dtype"]).data)
+                lengths.append(doc_lengths)
+                num_bytes += text_bytes
+                at += 1
+                self._report(text_bytes)
+                if num_bytes >= self.wanted["shard_bytes"]:
+                    break
+        offsets = np.cumsum(np.concatenate(lengths))
+        np.save(offsets_path, offsets)
+        return {
+            "tokens": file_entry(tokens_path), "offsets": file_entry(offsets_path), "num_docs": len(offsets) - 1,
+            "num_tokens": int(offsets[-1]), "num_bytes": num_bytes, "row_groups_done": at,
+        }  # fmt: skip
+
+    def _report(self, text_bytes: int) -> None:
+        self.done_bytes += text_bytes
+        if self.progress is not None:
+            self.progress(self.done_bytes, self.corpus.num_bytes)
+
+
+class _Pool:
+    """Tokenizes row groups in order, in this process or in several others, a few ahead of the reader."""
+
+    def __init__(self, tokenizer_dir: Path, num_workers: int) -> None:
+        self._num_workers = num_workers
+        if num_workers == 1:
+            _start_worker(tokenizer_dir)
+        else:  # spawn: a fork of a process with threads (tokenizers, torch, ray) can hang
+            self._executor = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer_dir,))
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[Tokenized]:
+        if self._num_workers == 1:
+            yield from map(_tokenize, tasks)
+            return
+        remaining, pending = iter(tasks), deque[Future[Tokenized]]()
+        while True:
+            for task in itertools.islice(remaining, 2 * self._num_workers - len(pending)):
+                pending.append(self._executor.submit(_tokenize, task))
+            if not pending:
+                return
+            yield pending.popleft().result()
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._num_workers > 1:
+            self._executor.shutdown(cancel_futures=True)
+
+
+_worker_tokenizer: Tokenizer | None = None
+
+
+def _start_worker(tokenizer_dir: Path) -> None:
+    global _worker_tokenizer
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are the parallelism here
+    _worker_tokenizer = Tokenizer.load(tokenizer_dir)
+
+
+def _tokenize(task: Task) -> Tokenized:
+    path, group = task
+    tokenizer = _worker_tokenizer
+    assert tokenizer is not None
+    with pq.ParquetFile(path) as file:
+        texts = file.read_row_group(group, columns=["text"]).column(0).to_pylist()
+    bos = np.array([tokenizer.bos_id], np.int32)
+    pieces = [p for text in texts for p in (bos, tokenizer.encode_array(text))]
+    lengths = np.array([1 + len(p) for p in pieces[1::2]], np.int64)
+    ids = np.concatenate(pieces)
+    return (ids.astype(np.uint16) if tokenizer.vocab_size <= 1 << 16 else ids), lengths, sum(len(t.encode()) for t in texts)
+
+
+def _num_row_groups(path: Path) -> int:
+    with pq.ParquetFile(path) as file:
+        return file.num_row_groups
