@@ -17,8 +17,7 @@ from nanochat_model.gpt import GPT, compile_training
 from nanochat_model.loader import Loader
 from nanochat_model.loop import Batch, LossScale, Stepper, even_micro_batch, split_rows
 from nanochat_model.optim import build_optimizer
-from nanochat_model.shards import ShardSet
-from nanochat_model.tokenizer import Tokenizer
+from nanochat_model.shard_set import ShardSet
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -44,7 +43,7 @@ class Session:
         inputs, targets = self.loader.batch(step, rank=self.ranks.rank, world_size=self.ranks.world_size)
         return Batch(inputs=inputs, targets=targets, num_targets=self.config.batch_tokens)
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Any:
         """The tokenizer that lies beside the shards."""
         return self.shards.tokenizer
 
