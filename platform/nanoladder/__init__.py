@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from nanochat_model.horizon import Horizon
     from nanochat_model.recipe import PowerRule, Recipe
     from nanoladder.ladder import Ladder, Stage
-    from nanoladder.space import Choice, Grid, LogUniform
-    from nanoladder.sweep import Cell, Sweep, run_sweep
+    from nanoladder.space import Choice, Grid, LogUniform, Uniform
+    from nanoladder.sweep import Cell, Sweep
+    from nanoladder.sweep_command import run_sweep
     from nanoladder.workspace import Workspace
 
 _HOME = {
@@ -29,13 +30,14 @@ _HOME = {
     "LogUniform": "nanoladder.space",
     "Cell": "nanoladder.sweep",
     "Sweep": "nanoladder.sweep",
-    "run_sweep": "nanoladder.sweep",
+    "Uniform": "nanoladder.space",
+    "run_sweep": "nanoladder.sweep_command",
     "Workspace": "nanoladder.workspace",
 }
 
 __all__ = [
     "Cell", "Choice", "GPTConfig", "Grid", "Horizon", "Ladder", "LogUniform", "PowerRule", "Recipe", "Stage", "Sweep",
-    "Workspace", "run_sweep",
+    "Uniform", "Workspace", "run_sweep",
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from nanochat_model.errors import ConfigError
 from nanochat_model.record import RECORD_FILE, RunRecord
 
 if TYPE_CHECKING:
-    from nanochat_model.shards import ShardSet
+    from nanochat_model.shard_set import ShardSet
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ class Workspace:
     @property
     def vocab_size(self) -> int:
         """Vocabulary of the shards' tokenizer (its special tokens included)."""
-        return int(len(self._shards().token_bytes))
+        return len(self._shards().token_bytes)
 
     def _shards(self) -> ShardSet:
         if not (self.shards_dir / "manifest.json").is_file():
             raise ConfigError(f"no token shards at {self.shards_dir}; build them with: nanoladder data --storage {self.root}")
-        from nanochat_model.shards import ShardSet
+        from nanochat_model.shard_set import ShardSet
 
         return ShardSet.open(self.shards_dir)
 

@@ -1,0 +1,113 @@
+"""Every size of the demo in one place. Tests shrink the fields; nothing else of the demo knows a number.
+
+Sizes are for two CPU cores and ten minutes. Small models on this corpus want batches of 1–2 thousand tokens, and a best N
+near 85 thousand at 1e12 FLOPs; depth × 64 is too coarse there, so models are (depth, width) pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanochat_model.config import ComputeDtype, EvalConfig, GPTConfig, OptimizerConfig, ScheduleConfig
+from nanochat_model.recipe import PowerRule, Recipe
+
+Shape = tuple[int, int]  # depth, width
+D_REF = 2e6  # tokens at which the demo's references hold
+B_REF = 1536.0  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSize:
+    """Data, ladder, production run and chat of the demo."""
+
+    source: str = "stdlib"
+    vocab_size: int = 1024
+    sequence_len: int = 256
+    val_fraction: float = 0.05
+    eval_tokens: int = 131_072
+    curve_points: int = 8  # evaluations of a production run
+    # isoFLOP: a budget and its models, whose N spans the optimum
+    isoflop: tuple[tuple[float, tuple[Shape, ...]], ...] = (
+        (4.0e11, ((1, 24), (1, 32), (2, 32), (1, 48), (2, 48), (1, 64))),
+        (8.6e11, ((1, 32), (1, 48), (2, 48), (1, 64), (2, 64), (1, 96))),
+        (1.9e12, ((1, 48), (1, 64), (2, 64), (1, 96), (2, 96), (2, 128))),
+        (4.0e12, ((1, 64), (2, 64), (2, 96), (3, 96), (2, 128), (3, 128))),
+    )
+    noise_seeds: tuple[int, ...] = (1, 2)  # further seeds of one middle cell
+    noise_cell: tuple[float, Shape] = (8.6e11, (2, 48))
+    weight_decay_cells: tuple[tuple[Shape, float], ...] = (((1, 48), 0.7e6), ((2, 64), 0.7e6), ((3, 96), 0.7e6))  # shape, tokens
+    weight_decay_multipliers: tuple[float, ...] = (0.25, 1.0, 4.0, 16.0)
+    batch_cells: tuple[tuple[Shape, float], ...] = (((1, 48), 0.4e6), ((1, 48), 0.8e6), ((1, 48), 1.6e6))
+    batch_multipliers: tuple[float, ...] = (0.5, 1.0, 2.0)
+    lr_multipliers: tuple[float, ...] = (0.5, 1.0, 2.0)
+    promotion_cells: tuple[tuple[Shape, float], ...] = (((1, 48), 0.4e6), ((2, 64), 0.8e6))
+    promotion_seeds: tuple[int, ...] = (0, 1)
+    production_factor: float = 4.0  # of the largest budget
+    production_shapes: tuple[Shape, ...] = ((2, 96), (3, 96), (2, 128), (3, 128), (4, 128), (3, 160), (4, 160), (3, 192), (4, 192))
+    production_checkpoints: int = 4
+    sft_conversations: int = 1500
+    sft_epochs: float = 1.0
+    chat_prompt: str = "What is 7 + 5?"
+    chat_max_tokens: int = 60
+    num_workers: int = 2  # of the production run: processes that share its batch
+    threads_per_worker: int = 1
+    concurrent_trials: int = 2
+    n_boot: int = 1000
+
+    @property
+    def largest_budget(self) -> float:
+        return max(budget for budget, _ in self.isoflop)
+
+    def model(self, shape: Shape) -> GPTConfig:
+        """Heads of 32 channels, or 16 or the whole width where 32 does not divide it."""
+        depth, width = shape
+        head_dim = next((d for d in (32, 16) if width % d == 0), width)
+        heads = width // head_dim
+        return GPTConfig(
+            depth=depth,
+            model_dim=width,
+            num_heads=heads,
+            num_kv_heads=heads,
+            sequence_len=self.sequence_len,
+            vocab_size=self.vocab_size,
+            window_pattern="L",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRecipe:
+    """nanochat's rules from a reference of the demo's own scale."""
+
+    matrix_lr: float = 0.02
+    weight_decay: float = 0.1
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def recipe(self, size: DemoSize, compute_dtype: ComputeDtype) -> Recipe:
+        scale = self.matrix_lr / self.optimizer.matrix_lr
+        return Recipe(
+            name="demo",
+            batch_size=PowerRule(
+                coefficient=B_REF,
+                exponents={"D": 0.383},
+                references={"D": D_REF},
+                source="reference tried on this corpus; exponent of arXiv 2505.13738",
+            ),
+            lr_multiplier=PowerRule(
+                coefficient=scale, exponents={"B": 0.5}, references={"B": B_REF}, source="square root of the batch, AdamW's rule"
+            ),
+            weight_decay=PowerRule(
+                coefficient=self.weight_decay,
+                exponents={"B": 0.5, "D": -1.0},
+                references={"B": B_REF, "D": D_REF},
+                source="constant AdamW timescale, arXiv 2405.13698",
+            ),
+            batch_rounding="row",
+            min_batch_tokens=2 * size.sequence_len,
+            optimizer=self.optimizer,
+            schedule=ScheduleConfig(warmup_steps=20, momentum_warmup_steps=100),
+            eval=EvalConfig(num_tokens=size.eval_tokens, every_steps=0),
+            compute_dtype=compute_dtype,
+        )
+
+
+DEMO_RECIPE = DemoRecipe()
