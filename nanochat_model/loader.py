@@ -1,138 +1,20 @@
 """Batches of tokens: global batch k is a pure function of (manifest, packing, seed, k).
 
-The rows of epoch 0, 1, 2, … follow one another; batch k takes rows k·n … k·n + n - 1 of them, so candidates with the same seed
-and another batch size read the same rows in the same order, and a run can be resumed at any k on any number of ranks.
-
-Big corpora are planned window by window: each epoch shuffles the shard files, groups them into windows of `window_tokens`
-(manifest), and shuffles and packs the documents of a window, so memory is bounded by one window's plan. Under best_fit the rows
-of a window are known only after packing it (about 1 µs a document); a first jump far into a corpus of many windows packs those
-before it once.
+The rows of epoch 0, 1, 2, … follow one another (row_stream.py); batch k takes rows k·n … k·n + n - 1 of them, so candidates with
+the same seed and another batch size read the same rows in the same order, and a run can be resumed at any k on any number of
+ranks.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
-
 import numpy as np
 
-from nanochat_model import packing as packers
 from nanochat_model.config import Packing
 from nanochat_model.errors import ConfigError
+from nanochat_model.row_stream import RowStream
 from nanochat_model.shard_set import ShardSet
 
-_KEPT_WINDOWS = 2
 VALIDATION_SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Window:
-    """A planned window: row r is spans row_ptr[r]..row_ptr[r+1], each `length` tokens from `start` in tokens[`file`]."""
-
-    row_ptr: np.ndarray
-    file: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.row_ptr) - 1
-
-
-class RowStream:
-    """All rows of one split in order, over endless epochs: rows(first, last) is the tokens of those, (rows, T + 1)."""
-
-    def __init__(self, shards: ShardSet, split: str, packing: Packing, sequence_len: int, seed: int, *, ring: bool = True) -> None:
-        self._shards, self._split, self._packing = shards, split, packing
-        self._row_tokens, self._seed, self._ring = sequence_len, seed, ring
-        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
-        self._groups: dict[int, list[list[int]]] = {}
-        self._ends: list[int] = []  # the row after the last one of each window, over all epochs so far
-        self._keys: list[tuple[int, int]] = []  # (epoch, window) of each entry of _ends
-
-    def rows(self, first: int, last: int) -> np.ndarray:
-        """Tokens of rows first..last-1: (last - first, T + 1) in the shards' dtype."""
-        out = np.empty((last - first, self._row_tokens + 1), self._shards.dtype)
-        row = first
-        while row < last:
-            at = self._find(row)
-            begin = self._ends[at - 1] if at else 0
-            count = min(last, self._ends[at]) - row
-            self._gather(self._window(*self._keys[at]), row - begin, out[row - first : row - first + count])
-            row += count
-        return out
-
-    def epoch_rows(self, epoch: int) -> int:
-        """Rows of one epoch."""
-        return sum(self._num_rows(epoch, w) for w in range(len(self._group(epoch))))
-
-    def _find(self, row: int) -> int:
-        """Index into _ends of the window that holds a row."""
-        while not self._ends or self._ends[-1] <= row:
-            epoch, window = self._keys[-1] if self._keys else (0, -1)
-            epoch, window = (epoch, window + 1) if window + 1 < len(self._group(epoch)) else (epoch + 1, 0)
-            self._ends.append((self._ends[-1] if self._ends else 0) + self._num_rows(epoch, window))
-            self._keys.append((epoch, window))
-        return int(np.searchsorted(self._ends, row, side="right"))
-
-    def _group(self, epoch: int) -> list[list[int]]:
-        """The shard files of each window of an epoch."""
-        if epoch not in self._groups:
-            files = self._shards.files(self._split)
-            groups: list[list[int]] = []
-            room = 0
-            for i in packers.permutation(len(files), *self._key(epoch), "files").tolist():
-                if not groups or files[i].num_tokens > room:
-                    groups.append([])
-                    room = self._shards.window_tokens
-                groups[-1].append(i)
-                room -= files[i].num_tokens
-            self._groups[epoch] = groups
-        return self._groups[epoch]
-
-    def _key(self, epoch: int) -> list[object]:
-        return [self._shards.manifest_hash, self._packing, self._seed, epoch]
-
-    def _num_rows(self, epoch: int, window: int) -> int:
-        if self._packing == "keep_remainder" and self._ring:
-            files = self._shards.files(self._split)
-            return packers.keep_remainder_rows(sum(files[i].num_tokens for i in self._group(epoch)[window]), self._row_tokens)
-        return self._window(epoch, window).num_rows
-
-    def _window(self, epoch: int, window: int) -> _Window:
-        key = (epoch, window)
-        if key not in self._windows:
-            while len(self._windows) >= _KEPT_WINDOWS:
-                self._windows.popitem(last=False)
-            self._windows[key] = self._plan(epoch, window)
-        self._windows.move_to_end(key)
-        return self._windows[key]
-
-    def _plan(self, epoch: int, window: int) -> _Window:
-        files = self._group(epoch)[window]
-        offsets = [self._shards.offsets(self._split, i) for i in files]
-        starts = np.concatenate([o[:-1] for o in offsets])
-        lengths = np.concatenate([np.diff(o) for o in offsets])
-        doc_file = np.repeat(files, [len(o) - 1 for o in offsets])
-        key = [*self._key(epoch), window]
-        if self._packing == "keep_remainder":
-            plan = packers.keep_remainder(lengths, self._row_tokens, *key, ring=self._ring)
-        else:
-            plan = packers.best_fit(lengths, self._row_tokens, *key)
-        return _Window(row_ptr=plan.row_ptr, file=doc_file[plan.doc], start=starts[plan.doc] + plan.begin, length=plan.length)
-
-    def _gather(self, window: _Window, first: int, out: np.ndarray) -> None:
-        """Copy rows first.. of a window into out (rows, T + 1)."""
-        spans = slice(window.row_ptr[first], window.row_ptr[first + len(out)])
-        flat = out.reshape(-1)
-        sources = {i: self._shards.tokens(self._split, i) for i in np.unique(window.file[spans]).tolist()}
-        at = 0
-        for i, start, length in zip(
-            window.file[spans].tolist(), window.start[spans].tolist(), window.length[spans].tolist(), strict=True
-        ):
-            flat[at : at + length] = sources[i][start : start + length]
-            at += length
-        assert at == flat.size, (at, flat.size)
 
 
 class Loader:

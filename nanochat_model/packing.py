@@ -51,9 +51,9 @@ def permutation(count: int, *key: object) -> np.ndarray:
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
 
 
-def keep_remainder_rows(num_tokens: int, row_tokens: int) -> int:
-    """Rows that keep_remainder cuts `num_tokens` of a ring into; `row_tokens` is T."""
-    return -(-num_tokens // row_tokens)
+def keep_remainder_rows(num_tokens: int, row_tokens: int, *, ring: bool = True) -> int:
+    """Rows that keep_remainder cuts `num_tokens` into; `row_tokens` is T."""
+    return -(-num_tokens // row_tokens) if ring else max(0, num_tokens - 1) // row_tokens
 
 
 def keep_remainder(lengths: np.ndarray, row_tokens: int, *key: object, ring: bool = True) -> RowPlan:
@@ -69,7 +69,7 @@ def keep_remainder(lengths: np.ndarray, row_tokens: int, *key: object, ring: boo
     order = np.concatenate([order, again[:around]])
     ends = np.cumsum(lengths[order])
     offsets = ends - lengths[order]
-    rows = keep_remainder_rows(total, row_tokens) if ring else max(0, total - 1) // row_tokens
+    rows = keep_remainder_rows(total, row_tokens, ring=ring)
     row_begin = permutation(rows, *key, "rows") * row_tokens
     row_end = row_begin + row_tokens + 1
     first = np.searchsorted(ends, row_begin, side="right")
@@ -87,10 +87,7 @@ def best_fit(lengths: np.ndarray, row_tokens: int, *key: object, buffer_docs: in
     """Plan of documents of `lengths` in rows of `row_tokens` + 1, none padded; the last, incomplete row is dropped."""
     order = permutation(len(lengths), *key, "documents")
     row_ptr, docs, sizes = _pack(lengths[order].tolist(), row_tokens + 1, buffer_docs, crop=True)
-    doc = order[np.array(docs, np.int64)] if docs else np.empty(0, np.int64)
-    return RowPlan(
-        row_ptr=np.array(row_ptr, np.int64), doc=doc, begin=np.zeros(len(docs), np.int64), length=np.array(sizes, np.int64)
-    )
+    return _whole_documents(order, row_ptr, docs, sizes)
 
 
 def best_fit_padded(lengths: np.ndarray, row_tokens: int, *key: object, buffer_docs: int = PAD_BUFFER_DOCS) -> RowPlan:
@@ -99,34 +96,40 @@ def best_fit_padded(lengths: np.ndarray, row_tokens: int, *key: object, buffer_d
     assert len(lengths) == 0 or int(lengths.max()) <= row_tokens + 1
     order = permutation(len(lengths), *key, "documents")
     row_ptr, docs, sizes = _pack(lengths[order].tolist(), row_tokens + 1, buffer_docs, crop=False)
-    doc = order[np.array(docs, np.int64)] if docs else np.empty(0, np.int64)
+    return _whole_documents(order, row_ptr, docs, sizes)
+
+
+def _whole_documents(order: np.ndarray, row_ptr: list[int], docs: list[int], sizes: list[int]) -> RowPlan:
+    numbers = np.array(docs, np.int64)
     return RowPlan(
-        row_ptr=np.array(row_ptr, np.int64), doc=doc, begin=np.zeros(len(docs), np.int64), length=np.array(sizes, np.int64)
+        row_ptr=np.array(row_ptr, np.int64), doc=order[numbers], begin=np.zeros_like(numbers), length=np.array(sizes, np.int64)
     )
 
 
 def _pack(lengths: Sequence[int], capacity: int, buffer_docs: int, *, crop: bool) -> tuple[list[int], list[int], list[int]]:
     """Best-fit in the order given: row_ptr, document and length of every span. Of equally long documents the earliest goes
     first. The buffer is a sorted list, so a document costs a few binary searches."""
-    buffer = sorted((n, i) for i, n in enumerate(lengths[:buffer_docs]))
-    upcoming = len(buffer)
+    number_bits = max(1, len(lengths)).bit_length()  # a buffered document is the integer length·2^bits + number
+    buffer = sorted((n << number_bits) + i for i, n in enumerate(lengths[:buffer_docs]))
+    number_mask = (1 << number_bits) - 1
+    upcoming, count = len(buffer), len(lengths)
     row_ptr, docs, sizes = [0], [], []
     while buffer:
         room = capacity
         while room and buffer:
-            at = bisect.bisect_left(buffer, (room + 1,)) - 1
+            at = bisect.bisect_left(buffer, (room + 1) << number_bits) - 1
             if at >= 0:
-                at = bisect.bisect_left(buffer, (buffer[at][0],))  # the earliest of that length
+                at = bisect.bisect_left(buffer, buffer[at] & ~number_mask)  # the earliest of that length
             elif crop:
                 at = 0
             else:
                 break
-            size, doc = buffer.pop(at)
+            size, doc = divmod(buffer.pop(at), number_mask + 1)
             docs.append(doc)
             sizes.append(min(size, room))
             room -= sizes[-1]
-            if upcoming < len(lengths):
-                bisect.insort(buffer, (lengths[upcoming], upcoming))
+            if upcoming < count:
+                bisect.insort(buffer, (lengths[upcoming] << number_bits) + upcoming)
                 upcoming += 1
         if room and crop:  # documents ran out
             del docs[row_ptr[-1] :], sizes[row_ptr[-1] :]
