@@ -7,12 +7,12 @@ keeps the recipe's own rule in its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nanochat_model.config import GPTConfig
-from nanochat_model.counts import count_params
+from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
 from nanochat_model.recipe import PowerRule, Recipe
@@ -87,6 +87,20 @@ def surface_loss(allocation: Mapping[str, Any], model: GPTConfig, num_tokens: fl
     n = float(count_params(model).by_convention(allocation.get("convention", "matrices_lm_head")))
     fit = allocation["parametric"]
     return fit["E"] + fit["A"] / n ** fit["alpha"] + fit["B"] / num_tokens ** fit["beta"]
+
+
+def best_model(
+    flops: float, models: Iterable[GPTConfig], *, allocation: Mapping[str, Any] | None, tokens_per_param: float
+) -> GPTConfig:
+    """The model to train with `flops`: lowest loss on the laws' surface, else the ratio nearest to `tokens_per_param`."""
+
+    def badness(model: GPTConfig) -> float:
+        tokens = flops / flops_per_token(model)
+        if allocation is not None:
+            return surface_loss(allocation, model, tokens)
+        return abs(math.log(tokens / count_params(model).scaling / tokens_per_param))
+
+    return min(models, key=badness)
 
 
 def _usable(laws: Laws | None, name: str) -> Mapping[str, Any] | None:

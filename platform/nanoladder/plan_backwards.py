@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nanochat_model.config import GPTConfig
-from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.errors import ConfigError
 from nanochat_model.record import RunRecord
-from nanoladder.laws_to_recipe import surface_loss
+from nanoladder.laws_to_recipe import best_model
 from nanoladder.plan import Target
 from nanoladder.throughput import estimate_throughput
 
@@ -38,20 +36,6 @@ class Goal:
             raise ConfigError(f"{name} {value} must be positive and finite")
 
 
-def depth_for_flops(
-    flops: float, *, allocation: Mapping[str, Any] | None, tokens_per_param: float, model_args: Mapping[str, Any]
-) -> GPTConfig:
-    """The depth to train with `flops`: lowest loss on the laws' surface, else the ratio nearest to `tokens_per_param`."""
-
-    def badness(model: GPTConfig) -> float:
-        tokens = flops / flops_per_token(model)
-        if allocation is not None:
-            return surface_loss(allocation, model, tokens)
-        return abs(math.log(tokens / count_params(model).scaling / tokens_per_param))
-
-    return min((GPTConfig.from_depth(depth, **model_args) for depth in range(1, MAX_DEPTH + 1)), key=badness)
-
-
 def solve_goal(
     goal: Goal,
     *,
@@ -68,7 +52,8 @@ def solve_goal(
     """
 
     def model_for(flops: float) -> GPTConfig:
-        return depth_for_flops(flops, allocation=allocation, tokens_per_param=tokens_per_param, model_args=model_args)
+        depths = (GPTConfig.from_depth(depth, **model_args) for depth in range(1, MAX_DEPTH + 1))
+        return best_model(flops, depths, allocation=allocation, tokens_per_param=tokens_per_param)
 
     if goal.flops is not None:
         return model_for(goal.flops), goal.flops

@@ -99,6 +99,11 @@ class Workspace:
         """Vocabulary of the shards' tokenizer (its special tokens included)."""
         return len(self._shards().token_bytes)
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text a token, of the training shards."""
+        return self._shards().bytes_per_token
+
     def _shards(self) -> ShardSet:
         if not (self.shards_dir / "manifest.json").is_file():
             raise ConfigError(f"no token shards at {self.shards_dir}; build them with: nanoladder data --storage {self.root}")

@@ -23,8 +23,8 @@ COMMANDS: dict[str, Command] = {
     "data": Command("data", "Data", "text into corpus, tokenizer and token shards"),
     "tokenizer": Command("data", "TokenizerCommand", "train a tokenizer, or look at how one cuts a text"),
     "count": Command("count", "Count", "parameters and FLOPs of a depth"),
-    "train": Command("train", "Train", "one pretraining run in this process, without Ray"),
-    "sweep": Command("sweep", "SweepCommand", "run a sweep file on Ray"),
+    "train": Command("runs", "Train", "one pretraining run in this process, without Ray"),
+    "sweep": Command("runs", "SweepCommand", "run a sweep file on Ray"),
     "runs": Command("runs", "Runs", "table of run records"),
     "fit": Command("laws", "Fit", "laws from run records or any table of runs"),
     "report": Command("laws", "Report", "laws and runs as one HTML page"),
@@ -89,10 +89,15 @@ def run(argv: list[str]) -> int:
 
 
 def _run(name: str, command: Command, rest: list[str]) -> int:
+    args = getattr(import_module(f"nanoladder.cli.{command.module}"), command.args)
+    if name == "sweep":  # what follows the file is the sweep's own command line, the same as with `python FILE`
+        return int(args.run_file(rest))
     import tyro
 
-    args = getattr(import_module(f"nanoladder.cli.{command.module}"), command.args)
-    parsed = tyro.cli(args, prog=f"nanoladder {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
+    config: tuple = (tyro.conf.OmitArgPrefixes,)
+    if name != "train":  # its flags default to true: they need their --no- form
+        config = (*config, tyro.conf.FlagCreatePairsOff)
+    parsed = tyro.cli(args, prog=f"nanoladder {name}", args=rest, config=config)
     return int(parsed.run() or 0)
 
 

@@ -1,0 +1,44 @@
+"""nanoladder import-nanochat and export-nanochat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportNanochat:
+    """Read a nanochat checkpoint folder (base or SFT) into this layout: safetensors and JSON, no pickled code is run.
+
+    Example: nanoladder import-nanochat ~/.cache/nanochat/base_checkpoints/d24 --out checkpoints/d24
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """Folder with model_*.pt and meta_*.json."""
+    out: str
+    """Folder to write."""
+
+    def run(self) -> None:
+        from nanochat_model.interop import import_nanochat
+
+        print(f"written: {import_nanochat(self.checkpoint, self.out)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportNanochat:
+    """Write a checkpoint in nanochat's layout.
+
+    Example: nanoladder export-nanochat demo/sft --out exported
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A checkpoint, or a run's folder (its newest checkpoint)."""
+    out: str
+    """Folder to write."""
+
+    def run(self) -> None:
+        from nanochat_model.interop import export_nanochat
+
+        print(f"written: {export_nanochat(self.checkpoint, self.out)}")

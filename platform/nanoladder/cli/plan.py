@@ -1,0 +1,225 @@
+"""nanoladder plan and nanoladder launch."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from nanochat_model.config import GPTConfig
+from nanochat_model.errors import ConfigError
+from nanochat_model.horizon import Horizon
+from nanochat_model.recipe import NANOCHAT
+from nanoladder.cli.common import Json, Overrides, Storage, parse_overrides, print_json
+from nanoladder.plan import BYTES_PER_TOKEN, LaunchPlan, Target, make_plan
+from nanoladder.plan_backwards import Goal, solve_goal
+from nanoladder.plan_text import plan_as_dict, print_plan
+from nanoladder.workspace import Workspace
+
+if TYPE_CHECKING:
+    from nanochat_model.config import DataConfig
+    from nanochat_model.record import RunRecord
+
+Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="LAW ...")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    depth: int | None = None
+    """Layers; left out: solved from a budget, a target or FLOPs."""
+    vocab_size: int = 0
+    """Vocabulary; 0: that of the storage root's tokenizer, else 32768."""
+    sequence_len: int = 2048
+    window_pattern: str = "SSSL"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoalOptions:
+    """Solve backwards from one of these (or, with --depth, take FLOPs as the horizon)."""
+
+    budget_dollars: float | None = None
+    """Needs --price."""
+    budget_hours: float | None = None
+    """Hours on all devices together."""
+    target_bpb: float | None = None
+    """Wanted validation loss; needs --laws."""
+    flops: float | None = None
+    """Training FLOPs."""
+    num_tokens: float | None = None
+    """With --depth: training tokens."""
+    tokens_per_param: float | None = None
+    """With --depth: training tokens per parameter (matrices + lm_head)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    device: str = "h100"
+    """h100, h200, mi300x, mi325x, a100-40gb, a100-80gb, b200, or cpu."""
+    num_devices: int = 1
+    devices_per_node: int = 8
+    price: float | None = None
+    """Dollars a device and hour."""
+    network_gbits: float = 100.0
+    """Between nodes, gigabits a second."""
+    mfu: float | None = None
+    """Share of the peak to assume, 0 to 1."""
+    tokens_per_second: float | None = None
+    """Measured speed over all devices."""
+
+    def target(self) -> Target:
+        return Target(
+            device=self.device,
+            num_devices=self.num_devices,
+            devices_per_node=self.devices_per_node,
+            price_per_device_hour=self.price,
+            network_bytes_per_second=self.network_gbits * 1e9 / 8,
+            mfu=self.mfu,
+            tokens_per_second=self.tokens_per_second,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Parameters, tokens, batch, rates, FLOPs, predicted loss, memory, time and cost of a run, each with its source.
+
+    Example: nanoladder plan --depth 24 --laws laws.json --device mi300x --num-devices 1 --price 2.0
+
+    Backwards: nanoladder plan --budget-dollars 100 --device h100 --num-devices 8 --price 3.0
+    """
+
+    laws: str = ""
+    """laws.json of `nanoladder fit`; left out: nanochat's rules."""
+    storage: Storage = ""
+    """Root folder whose runs tell the speed and whose shards tell the vocabulary."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    goal: GoalOptions = field(default_factory=GoalOptions)
+    target: DeviceOptions = field(default_factory=DeviceOptions)
+    accept_law: Names = ()
+    """Use these laws in spite of their status."""
+    without_law: Names = ()
+    """Use the recipe's own rules instead of these laws."""
+    set: Overrides = ()
+    json: Json = False
+
+    def run(self) -> None:
+        plan = self.plan()
+        if self.json:
+            print_json(plan_as_dict(plan))
+        else:
+            print_plan(plan)
+
+    def plan(self) -> LaunchPlan:
+        """The plan that the options describe."""
+        from nanoladder.laws_to_recipe import recipe_from_laws
+
+        records, data, vocab, bytes_per_token = self.known()
+        laws = read_laws(self.laws)
+        target, overrides = self.target.target(), parse_overrides(self.set)
+        resolved = recipe_from_laws(laws, NANOCHAT, accept=self.accept_law, without=self.without_law)
+        shape: dict[str, Any] = {
+            "vocab_size": self.model.vocab_size or vocab,
+            "sequence_len": self.model.sequence_len,
+            "window_pattern": self.model.window_pattern,
+        }
+        horizon = self.horizon()
+        if self.model.depth is not None:
+            model = GPTConfig.from_depth(self.model.depth, **shape)
+        else:
+            if horizon is not None and self.goal.flops is None:
+                raise ConfigError(
+                    "num_tokens and tokens_per_param need --depth; without a depth give a budget, --target-bpb or --flops"
+                )
+            model, flops = solve_goal(
+                self.goal_of(),
+                target=target,
+                allocation=resolved.allocation,
+                tokens_per_param=resolved.recipe.tokens_per_param,
+                model_args=shape,
+                records=records,
+            )
+            horizon = Horizon(train_flops=flops)
+        return make_plan(
+            model,
+            horizon=horizon,
+            laws=laws,
+            target=target,
+            records=records,
+            data=data,
+            bytes_per_token=bytes_per_token,
+            overrides=overrides,
+            accept=self.accept_law,
+            without=self.without_law,
+        )
+
+    def horizon(self) -> Horizon | None:
+        """The horizon that was given with a depth."""
+        g = self.goal
+        given = {"num_tokens": g.num_tokens, "tokens_per_param": g.tokens_per_param, "train_flops": g.flops}
+        given = {k: v for k, v in given.items() if v is not None}
+        backwards = [k for k in ("budget_dollars", "budget_hours", "target_bpb") if getattr(g, k) is not None]
+        if self.model.depth is not None and backwards:
+            raise ConfigError(f"--depth and --{backwards[0].replace('_', '-')} both fix the size; give one of them")
+        return Horizon(**given) if given else None
+
+    def goal_of(self) -> Goal:
+        g = self.goal
+        return Goal(flops=g.flops, budget_hours=g.budget_hours, budget_dollars=g.budget_dollars, target_bpb=g.target_bpb)
+
+    def known(self) -> tuple[list[RunRecord], DataConfig | None, int, float]:
+        """Records, data, vocabulary and bytes per token of the storage root, or the defaults without one."""
+        if not self.storage:
+            return [], None, 32768, BYTES_PER_TOKEN
+        root = Workspace(self.storage)
+        if not (root.shards_dir / "manifest.json").exists():
+            return root.records(), None, 32768, BYTES_PER_TOKEN
+        return root.records(), root.data_config(), root.vocab_size, root.bytes_per_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch(Plan):
+    """Show the plan, ask once, run it on Ray Train, and write prediction against result. Started again it goes on.
+
+    A law with a bad status stops it, unless the law is named with --accept-law or --without-law.
+
+    Example: nanoladder launch --depth 4 --laws demo/laws.json --storage demo --device cpu --num-devices 2 --yes
+    """
+
+    storage: Storage = "runs"
+    """Root folder with the token shards; the run goes under it."""
+    address: str = ""
+    """Of a Ray cluster; left out: a Ray of its own on this machine."""
+    yes: bool = False
+    """Do not ask."""
+
+    def run(self) -> int:
+        from nanoladder.launch import launch
+
+        plan = self.plan()
+        if not self.json:
+            print_plan(plan)
+        if plan.blocking:
+            raise ConfigError("; ".join(plan.blocking))
+        if not self.yes and not confirm():
+            print("not launched")
+            return 1
+        verdict = launch(plan, Workspace(self.storage), address=self.address or None, quiet=self.json)
+        if self.json:
+            print_json(verdict)
+        return 0 if verdict["status"] == "complete" else 1
+
+
+def read_laws(path: str) -> dict[str, Any] | None:
+    """laws.json as plain data, checked against its schema; None without a path."""
+    if not path:
+        return None
+    from analysis.laws import Laws
+
+    return Laws.load(path).as_dict()
+
+
+def confirm() -> bool:
+    if not sys.stdin.isatty():
+        raise ConfigError("launch asks before it starts and there is no terminal to ask on; give --yes")
+    return input("launch this run? [y/N] ").strip().lower() in ("y", "yes")

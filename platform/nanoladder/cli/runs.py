@@ -1,0 +1,173 @@
+"""nanoladder train, sweep and runs: make records, and look at them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from nanochat_model import train_cli
+from nanochat_model.record import RunRecord
+from nanoladder.cli.common import Json, Storage, duration, human, print_json, print_table
+from nanoladder.workspace import Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(train_cli.Arguments):
+    """One pretraining run in this process (or one rank of torchrun), without Ray.
+
+    Example: nanoladder train --storage runs --depth 2 --head-dim 32 --sequence-len 256 --window-pattern L --packing keep_remainder
+    """
+
+    shards: tyro.conf.Positional[str] = ""
+    """Folder of token shards; default: those of the storage root."""
+    storage: Storage = "runs"
+
+    def run(self) -> int:
+        from nanochat_model.identity import run_id
+        from nanochat_model.shard_set import ShardSet
+
+        root = Workspace(self.storage)
+        args = replace(self, shards=self.shards or str(root.shards_dir))
+        shards = ShardSet.open(args.shards)
+        config = args.train_config(shards.data_config(args.packing), shards.vocab_size)
+        args = replace(args, run_dir=args.run_dir or str(root.run_dir(run_id(config))))
+        record = train_cli.run(args)
+        return 1 if record is not None and record.status == "failed" else 0
+
+
+class SweepCommand:
+    """usage: nanoladder sweep FILE [OPTIONS]
+
+    Run a sweep file (one that defines SWEEP, a Sweep or a Ladder) on Ray; the same as `python FILE`. What is recorded is skipped.
+
+    Example: nanoladder sweep sweeps/wd_d12.py --dry-run
+
+    nanoladder sweep FILE --help lists the options.
+    """
+
+    @classmethod
+    def run_file(cls, argv: Sequence[str]) -> int:
+        """Run the sweep of the file `argv[0]` with the other arguments."""
+        if not argv or argv[0] in ("-h", "--help"):
+            print(inspect.cleandoc(cls.__doc__ or ""))
+            return 0 if argv else 2
+        from nanoladder.sweep_command import load_sweep, run_sweep
+
+        return int(run_sweep(load_sweep(argv[0]), list(argv[1:])) or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Table of the run records under a storage root, best first. Exit status 1 when a record cannot be read.
+
+    Example: nanoladder runs --storage demo --sweep demo_isoflop --limit 10
+    """
+
+    storage: Storage = "runs"
+    sweep: str = ""
+    """Only this sweep's."""
+    limit: int = 0
+    """Only the first so many; 0: all."""
+    sort: str = "val_bpb"
+    """A column to sort by."""
+    json: Json = False
+
+    def run(self) -> int:
+        import sys
+
+        records, broken = Workspace(self.storage).read_records(sweep=self.sweep)
+        rows = sorted((run_facts(r) for r in records), key=lambda row: _sort_key(row, self.sort))
+        rows = rows[: self.limit] if self.limit else rows
+        if self.json:
+            print_json({"runs": rows, "broken": broken})
+        elif rows:
+            print_table(COLUMNS, [format_row(row) for row in rows], right=COLUMNS[3:])
+        else:
+            print(f"no run records under {Path(self.storage).absolute()}")
+        for line in broken:
+            print(f"nanoladder: {line}", file=sys.stderr)
+        return 1 if broken else 0
+
+
+COLUMNS = (
+    "run",
+    "sweep",
+    "status",
+    "d",
+    "width",
+    "N",
+    "D",
+    "batch",
+    "matrix lr",
+    "decay",
+    "seed",
+    "FLOPs",
+    "bpb",
+    "time",
+    "tokens/s",
+)
+
+
+def run_facts(record: RunRecord) -> dict[str, Any]:
+    """The columns of one run, and what a machine may want besides."""
+    config = record.config
+    return {
+        "run_id": record.run_id,
+        "name": record.name,
+        "sweep": record.tags.get("sweeps", record.sweep),
+        "stage": record.stage,
+        "status": record.status,
+        "error": record.error,
+        "depth": config.model.depth,
+        "model_dim": config.model.model_dim,
+        "N": record.params["scaling"],
+        "D": record.num_tokens,
+        "batch_tokens": config.batch_tokens,
+        "matrix_lr": config.optimizer.matrix_lr,
+        "weight_decay": config.optimizer.weight_decay,
+        "seed": record.seed,
+        "train_flops": record.train_flops,
+        "val_bpb": record.val_bpb,
+        "core": record.core,
+        "train_seconds": record.train_seconds,
+        "tokens_per_second": record.tokens_per_second,
+        "mfu": record.mfu,
+        "peak_flops_per_device": record.peak_flops_per_device,
+        "device": record.device,
+        "num_devices": record.num_devices,
+        "tags": record.tags,
+    }
+
+
+def format_row(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["run_id"],
+        row["sweep"],
+        row["status"],
+        str(row["depth"]),
+        str(row["model_dim"]),
+        human(row["N"]),
+        human(row["D"]),
+        f"{row['batch_tokens']:,}",
+        f"{row['matrix_lr']:.4g}",
+        f"{row['weight_decay']:.4g}",
+        str(row["seed"]),
+        f"{row['train_flops']:.2e}",
+        "–" if row["val_bpb"] is None else f"{row['val_bpb']:.4f}",
+        duration(row["train_seconds"]),
+        human(row["tokens_per_second"]),
+    )
+
+
+def _sort_key(row: dict[str, Any], column: str) -> tuple[bool, Any]:
+    from nanochat_model.errors import ConfigError
+
+    if column not in row:
+        raise ConfigError(f"cannot sort by {column!r}; columns: {', '.join(k for k in row if k != 'tags')}")
+    value = row[column]
+    return (value is None, value if value is not None else 0)

@@ -1,0 +1,186 @@
+"""The whole ladder on one machine: from the text every machine has to a model that answers, in stages that resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nanoladder.demo_production import ProductionStages
+from nanoladder.demo_size import DemoSize
+from nanoladder.demo_stages import DemoStages
+from nanoladder.display import StageDisplay
+from nanoladder.stages import Facts, Stage, run_stages
+from nanoladder.workspace import Workspace
+
+
+def demo_stages(size: DemoSize, workspace: Workspace) -> list[Stage]:
+    """Every stage with its parents and what else its result depends on."""
+    ladder = DemoStages(size, workspace)
+    last = ProductionStages(ladder)
+    ws = workspace
+    return [
+        Stage(
+            name="corpus",
+            title="corpus: Python's own sources" if size.source == "stdlib" else f"corpus: {size.source}",
+            run=ladder.corpus,
+            inputs=[size.source, size.val_fraction],
+            outputs=lambda f: [ws.corpus_dir / "corpus.json"],
+        ),
+        Stage(
+            name="tokenizer",
+            title="tokenizer",
+            run=ladder.tokenizer,
+            parents=("corpus",),
+            inputs=size.vocab_size,
+            outputs=lambda f: [ws.tokenizer_dir / "tokenizer.json"],
+        ),
+        Stage(
+            name="shards",
+            title="token shards",
+            run=ladder.shards,
+            parents=("tokenizer",),
+            outputs=lambda f: [ws.shards_dir / "manifest.json"],
+        ),
+        Stage(
+            name="tuning",
+            title="sweeps: weight decay, batch × learning rate",
+            run=ladder.tune,
+            parents=("shards",),
+            inputs=ladder.inputs(
+                "eval_tokens",
+                "weight_decay_cells",
+                "weight_decay_multipliers",
+                "batch_cells",
+                "batch_multipliers",
+                "lr_multipliers",
+            ),
+            outputs=ladder.run_outputs,
+        ),
+        Stage(
+            name="promotion",
+            title="promotion: win small, validate larger",
+            run=ladder.promotion,
+            parents=("shards",),
+            inputs=ladder.inputs("eval_tokens", "promotion_cells", "promotion_seeds"),
+            outputs=ladder.run_outputs,
+        ),
+        Stage(
+            name="isoflop",
+            title="sweep: sizes at equal compute",
+            run=ladder.isoflop,
+            parents=("tuning",),
+            inputs=ladder.inputs("eval_tokens", "isoflop", "noise_cell", "noise_seeds"),
+            outputs=ladder.run_outputs,
+        ),
+        Stage(
+            name="laws",
+            title="laws",
+            run=ladder.laws,
+            parents=("tuning", "isoflop"),
+            inputs=size.n_boot,
+            outputs=lambda f: [ws.laws_path],
+        ),
+        Stage(
+            name="prediction",
+            title="prediction",
+            run=last.predict,
+            parents=("laws",),
+            inputs=ladder.inputs("production_factor", "production_shapes", "curve_points"),
+            outputs=lambda f: [ws.prediction_path],
+        ),
+        Stage(
+            name="production",
+            title="production run on Ray Train",
+            run=last.production,
+            parents=("prediction",),
+            outputs=last.outputs,
+        ),
+        Stage(
+            name="sft",
+            title="fine-tuning on conversations",
+            run=last.sft,
+            parents=("production",),
+            inputs=ladder.inputs("sft_conversations", "sft_epochs"),
+            outputs=lambda f: [Path(f["folder"])],
+        ),
+        Stage(
+            name="chat",
+            title="chat",
+            run=last.chat,
+            parents=("sft",),
+            inputs=ladder.inputs("chat_prompt", "chat_max_tokens"),
+        ),
+        Stage(
+            name="report",
+            title="report",
+            run=last.report,
+            parents=("production", "laws", "promotion"),
+            outputs=lambda f: [ws.report_path],
+        ),
+    ]
+
+
+def run_demo(storage: str | Path, size: DemoSize | None = None, console: Console | None = None) -> dict[str, Facts]:
+    """Run (or go on with) the demo under `storage`, and print what came out. Returns every stage's facts."""
+    size, workspace = size or DemoSize(), Workspace(storage)
+    console = console or Console(highlight=False)
+    stages = demo_stages(size, workspace)
+    started = time.perf_counter()
+    console.print(f"nanoladder demo in {workspace.root}; interrupt it at any time, the next start goes on", soft_wrap=True)
+    try:
+        with StageDisplay(len(stages), console) as display:
+            facts = run_stages(stages, workspace.stages_dir, display)
+    finally:
+        _end_ray()
+    print_summary(console, workspace, facts, ProductionStages(DemoStages(size, workspace)).production_facts())
+    console.print(f"[dim]{time.perf_counter() - started:.0f} s[/]")
+    return facts
+
+
+def _end_ray() -> None:
+    """End our Ray if a stage started one (without importing Ray when none did)."""
+    import sys
+
+    if "ray" in sys.modules:
+        from nanoladder.ray_init import shutdown_ray
+
+        shutdown_ray()
+
+
+def print_summary(console: Console, workspace: Workspace, facts: Mapping[str, Facts], production: Mapping[str, Any]) -> None:
+    """The laws, prediction against result, the chat reply, and where to look further."""
+    from nanoladder.law_table import law_rows
+
+    table = Table(title="Laws", title_justify="left", box=None, pad_edge=False)
+    for column in ("law", "value", "interval (90%)", "status"):
+        table.add_column(column)
+    for row in law_rows(workspace.laws_path):
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+    console.print()
+    low, high = production["low"], production["high"]
+    interval = f" [{low:.4f}, {high:.4f}]" if low is not None else ""
+    if production["predicted"] is not None:
+        console.print(
+            f"Production loss   predicted {production['predicted']:.4f}{interval}, measured {production['measured']:.4f} bpb"
+        )
+    else:
+        console.print(f"Production loss   no prediction, measured {production['measured']:.4f} bpb")
+    console.print(f"Chat              {facts['chat']['prompt']!r} → {facts['chat']['reply']!r}", soft_wrap=True, markup=False)
+    console.print(f"Report            {workspace.report_path}", soft_wrap=True)
+    console.print()
+    root = workspace.root
+    for command in (
+        f"mlflow ui --backend-store-uri {workspace.mlflow_uri}",
+        f"nanoladder chat --checkpoint {facts['sft']['folder']}",
+        f"nanoladder runs --storage {root}",
+        f"nanoladder report --storage {root}",
+        f"nanoladder plan --depth 4 --laws {workspace.laws_path} --device cpu",
+    ):
+        console.print(f"  {command}", soft_wrap=True, markup=False)

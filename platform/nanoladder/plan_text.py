@@ -1,0 +1,138 @@
+"""A plan as text for people and as plain data for machines."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from nanochat_model.identity import run_id
+from nanoladder.plan import LaunchPlan
+
+Section = tuple[str, list[tuple[str, str]]]
+
+
+def plan_sections(plan: LaunchPlan) -> list[Section]:
+    """(title, [(name, value)]) in the order of the questions people ask."""
+    c, p = plan.config, plan.params
+    uses = {u.quantity: f"{u.kind} ({u.status}): {u.source}" for u in plan.uses}
+    return [
+        (
+            "Model",
+            [
+                (
+                    "depth × width",
+                    f"{c.model.depth} × {c.model.model_dim}, {c.model.num_heads} heads, T = {c.model.sequence_len:,}",
+                ),
+                ("parameters", f"{p.total:,} (embeddings {p.embedding_share:.0%})"),
+                ("  matrices", f"{p.transformer_matrices:,}"),
+                ("  lm_head", f"{p.lm_head:,}"),
+                ("  wte", f"{p.wte:,}"),
+                ("  value embeddings", f"{p.value_embeds:,}"),
+                ("  scalars", f"{p.scalars:,}"),
+                ("N (matrices + lm_head)", f"{p.scaling:,}"),
+            ],
+        ),
+        (
+            "Training",
+            [
+                ("tokens D", f"{c.num_tokens:,} ({plan.tokens_per_param:.1f} per N)  ← {uses['allocation']}"),
+                ("batch", f"{c.batch_tokens:,} tokens, {c.num_steps:,} steps  ← {uses['batch_size']}"),
+                (
+                    "micro-batch",
+                    f"{plan.micro_batch_rows} rows × {plan.accumulation_steps} accumulated × {plan.target.num_devices} devices",
+                ),
+                ("matrix learning rate", f"{c.optimizer.matrix_lr:.4g}  ← {uses['learning_rate']}"),
+                ("other rates", _rates(plan)),
+                ("weight decay", f"{c.optimizer.weight_decay:.4g}  ← {uses['weight_decay']}"),
+                ("FLOPs", f"{plan.train_flops:.3g} ({plan.flops_per_token:.3g} a token)"),
+                ("predicted bpb", predicted_text(plan)),
+            ],
+        ),
+        ("Time and money", _time_rows(plan)),
+        (
+            f"Memory of one device ({plan.memory_bytes / 1e9:.0f} GB{'' if plan.memory_known else ' assumed'})",
+            _memory_rows(plan),
+        ),
+        (
+            "Storage",
+            [
+                ("checkpoint", f"{plan.checkpoint_bytes / 1e9:.2f} GB"),
+                ("text", f"{plan.data_bytes / 1e9:.2f} GB, {plan.data_shards} shards of 250 MB of text"),
+            ],
+        ),
+    ]
+
+
+def _rates(plan: LaunchPlan) -> str:
+    o = plan.config.optimizer
+    return f"embedding {o.embedding_lr:.4g}, unembedding {o.unembedding_lr:.4g}, scalars {o.scalar_lr:.4g}"
+
+
+def predicted_text(plan: LaunchPlan) -> str:
+    p = plan.prediction
+    if p is None:
+        return "none (no usable allocation law)"
+    interval = f" [{p.low:.4f}, {p.high:.4f}]" if p.low is not None else " (no interval)"
+    distance = f", {p.extrapolation:.1f}× the largest fitted compute" if p.extrapolation else ""
+    surface = f", surface {p.surface_bpb:.4f}" if p.surface_bpb is not None else ""
+    return f"{p.val_bpb:.4f}{interval}, verdict {p.verdict}{distance}{surface}"
+
+
+def _time_rows(plan: LaunchPlan) -> list[tuple[str, str]]:
+    speed = plan.throughput
+    if speed.mfu is None or speed.peak_flops_per_device is None:
+        mfu = f"unknown peak; {speed.flops_per_second / 1e9:.0f} GFLOP/s in all"
+    else:
+        mfu = f"{speed.mfu:.1%} of {speed.peak_flops_per_device / 1e12:.0f} TFLOP/s a device"
+    price = plan.target.price_per_device_hour
+    rows = [
+        ("devices", f"{plan.target.num_devices} × {plan.target.device} on {plan.target.num_nodes} node(s)"),
+        ("speed", f"{speed.tokens_per_second:,.0f} tokens/s  ← {speed.source}"),
+        ("MFU", mfu),
+        ("step", f"{plan.step_seconds:.2f} s"),
+        (
+            "gradients",
+            f"{plan.gradient_bytes / 1e6:,.0f} MB in fp32; averaged between nodes in {plan.all_reduce_seconds:.2f} s a step",
+        ),
+        ("time", f"{plan.hours:.2f} h"),
+    ]
+    if plan.dollars is not None:
+        rows.append(("cost", f"${plan.dollars:,.2f} at ${price:g} a device and hour"))
+    return rows
+
+
+def _memory_rows(plan: LaunchPlan) -> list[tuple[str, str]]:
+    rows = [(name, f"{value / 1e9:.2f} GB") for name, value in plan.memory.as_dict().items()]
+    share = plan.memory.total / plan.memory_bytes
+    return [*rows[:-1], ("total", f"{rows[-1][1]} = {share:.0%}")]
+
+
+def plan_as_dict(plan: LaunchPlan) -> dict[str, Any]:
+    """The whole plan as plain data."""
+    return {
+        **asdict(plan),
+        "run_id": run_id(plan.config),
+        "num_tokens": plan.config.num_tokens,
+        "params": plan.params.as_dict(),
+        "memory": plan.memory.as_dict(),
+    }
+
+
+def print_plan(plan: LaunchPlan) -> None:
+    """The plan on stdout, then what stops or should worry."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    for title, rows in plan_sections(plan):
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False, pad_edge=False)
+        for name, value in rows:
+            table.add_row(name, value)
+        console.print(table)
+    for line in plan.warnings:
+        console.print(f"warning: {line}", soft_wrap=True, markup=False)
+    for line in plan.blocking:
+        console.print(f"stops a launch: {line}", soft_wrap=True, markup=False)
