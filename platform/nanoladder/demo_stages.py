@@ -99,13 +99,13 @@ class DemoStages:
         def show(state: SweepProgress) -> None:
             done, total = (state.flops_done, state.flops_total) if state.flops_total else (state.done, state.total)
             failed = f", {state.failed} failed" if state.failed else ""
-            best = f", best {state.best:.4f} bpb" if state.best is not None else ""
-            progress.update(done, total, f"{state.done} of {state.total} runs{failed}{best}")
+            left = f", {state.eta_seconds:.0f} s left" if state.eta_seconds is not None else ""
+            progress.update(done, total, f"{state.done} of {state.total} runs{failed}{left}")
 
         records = execute_sweeps(
             sweeps, self.workspace, data=self.data(), progress=show, max_concurrent=self.size.concurrent_trials
         )
-        return self.sweep_facts(records)
+        return self.sweep_facts(list({r.run_id: r for each in records for r in each}.values()))
 
     def sweep_facts(self, records: Sequence[RunRecord]) -> Facts:
         done = [r for r in records if r.status == "complete"]

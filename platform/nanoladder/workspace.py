@@ -69,7 +69,7 @@ class Workspace:
         return f"sqlite:///{self.root / 'mlflow.db'}"
 
     @property
-    def optuna_url(self) -> str:
+    def optuna_uri(self) -> str:
         return f"sqlite:///{self.root / 'optuna.db'}"
 
     def run_dir(self, run_id: str) -> Path:

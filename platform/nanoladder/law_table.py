@@ -1,0 +1,77 @@
+"""Fitted laws as rows for people: what, value, interval, status."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nanoladder.laws_to_recipe import law_text
+
+Row = tuple[str, str, str, str]
+
+
+def law_rows(path: str | Path) -> list[Row]:
+    """Rows of a laws.json."""
+    return rows_of(json.loads(Path(path).read_text(encoding="utf8")))
+
+
+def rows_of(laws: Mapping[str, Any]) -> list[Row]:
+    """Allocation's exponents, ratio and frontier, then batch, learning rate and weight decay."""
+    allocation = laws.get("allocation") or {}
+    rows = [*_surface_rows(allocation), *_isoflop_rows(allocation), *_frontier_rows(allocation)]
+    for name, title in (("batch_size", "batch (tokens)"), ("learning_rate", "matrix learning rate")):
+        rows.append(_law_row(title, laws.get(name)))
+    decay = laws.get("weight_decay") or {}
+    if decay.get("average") or decay.get("candidates"):
+        best = {**(decay.get("average") or {}), "status": decay.get("status", "–")}
+        rows.append(_law_row("weight decay", best))
+    return rows
+
+
+def _surface_rows(allocation: Mapping[str, Any]) -> list[Row]:
+    fit = allocation.get("parametric")
+    if not fit:
+        return []
+    if fit.get("alpha") is None:
+        return [("loss L(N, D)", "–", "", fit.get("status", "–"))]
+    text = f"{fit['E']:.3f} + {fit['A']:.4g}/N^{fit['alpha']:.3f} + {fit['B']:.4g}/D^{fit['beta']:.3f}"
+    intervals = fit.get("intervals") or {}
+    spread = ", ".join(f"{k} {_interval(intervals[k])}" for k in ("alpha", "beta") if intervals.get(k))
+    return [("loss L(N, D)", text, spread, fit["status"])]
+
+
+def _isoflop_rows(allocation: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for key, title in (("N_law", "best size N*(C)"), ("D_law", "best tokens D*(C)")):
+        law = (allocation.get("isoflop") or {}).get(key)
+        if law and law.get("exponent") is not None:
+            rows.append(
+                (
+                    title,
+                    f"{law['coefficient']:.3g} · C^{law['exponent']:.3f}",
+                    _interval(law.get("interval")),
+                    law.get("status", ""),
+                )
+            )
+    return rows
+
+
+def _frontier_rows(allocation: Mapping[str, Any]) -> list[Row]:
+    fit = allocation.get("frontier")
+    if not fit or fit.get("gamma") is None:
+        return []
+    return [("best loss L*(C)", f"{fit['E']:.3f} + {fit['kappa']:.4g} · C^−{fit['gamma']:.3f}", "", fit.get("status", ""))]
+
+
+def _law_row(title: str, law: Mapping[str, Any] | None) -> Row:
+    if not law or law.get("coefficient") is None:
+        return (title, "–", "", (law or {}).get("status", "not fitted"))
+    intervals = law.get("intervals") or {}
+    spread = ", ".join(f"exponent of {s} {_interval(intervals[s])}" for s in law["exponents"] if intervals.get(s))
+    return (title, law_text({k: v for k, v in law.items() if k != "method"}), spread, law.get("status", ""))
+
+
+def _interval(value: Any) -> str:
+    return f"[{value[0]:.3f}, {value[1]:.3f}]" if value and value[0] is not None else ""
