@@ -134,15 +134,38 @@ def _prepare(
     return None, start
 
 
+def rewind(run_dir: str | Path, step: int) -> None:
+    """Make the checkpoint of `step` the newest: later ones and the record are set aside, not removed. Rank 0 acts.
+
+    Raises ConfigError when there is no intact checkpoint of that step.
+    """
+    root = Path(run_dir) / CHECKPOINTS_DIR
+
+    def act() -> None:
+        path = step_dir(root, step)
+        if not path.is_dir():
+            have = ", ".join(str(step_of(p)) for p in all_checkpoints(root)) or "none"
+            raise ConfigError(f"{run_dir} has no checkpoint at step {step} (it has: {have}); give one of these")
+        verify(path)
+        for later in [p for p in all_checkpoints(root) if step_of(p) > step]:
+            _rename_aside(later)
+        _rename_aside(Path(run_dir) / RECORD_FILE)
+
+    on_main(act)
+
+
 def _set_aside(run_dir: Path) -> None:
     """Rename earlier checkpoints and record, so that a fresh start neither uses nor destroys them."""
     for name in (CHECKPOINTS_DIR, RECORD_FILE):
-        path = run_dir / name
-        if path.exists():
-            n = 1
-            while (aside := run_dir / f"{name}.before-{n}").exists():
-                n += 1
-            path.rename(aside)
+        _rename_aside(run_dir / name)
+
+
+def _rename_aside(path: Path) -> None:
+    if path.exists():
+        n = 1
+        while (aside := path.with_name(f"{path.name}.before-{n}")).exists():
+            n += 1
+        path.rename(aside)
 
 
 def _restore(session: Session, start: Start | None) -> Progress:

@@ -1,0 +1,90 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat_model import evaluate
+from nanochat_model.evaluate import evaluate_bpb, evaluate_loss
+from nanochat_model.gpt import GPT
+from nanochat_model.loader import Loader
+from tiny_run import SEQUENCE_LEN, tiny_config, tiny_shards
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    model = GPT(tiny_config().model).init_weights(0)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))  # so that losses differ by token
+    return model
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[np.ndarray, np.ndarray]:
+    loader = Loader(tiny_shards(), packing="keep_remainder", sequence_len=SEQUENCE_LEN, rows_per_batch=1)
+    return loader.validation(30 * SEQUENCE_LEN)
+
+
+def slow_bpb(model: GPT, rows: tuple[np.ndarray, np.ndarray], token_bytes: np.ndarray) -> float:
+    """One token at a time, in Python floats."""
+    nats = num_bytes = 0.0
+    for x, y in zip(*rows, strict=True):
+        logits = model(torch.tensor(x)[None])[0].double()
+        for t, target in enumerate(y.tolist()):
+            if target >= 0 and token_bytes[target] > 0:
+                nats += float(torch.logsumexp(logits[t], 0) - logits[t, target])
+                num_bytes += int(token_bytes[target])
+    return nats / (math.log(2) * num_bytes)
+
+
+@torch.no_grad()
+def test_agrees_with_one_token_at_a_time(model: GPT, rows: tuple[np.ndarray, np.ndarray]) -> None:
+    inputs, targets = rows[0][:6], rows[1][:6].copy()
+    targets[0, :5] = -1
+    assert (tiny_shards().token_bytes[targets] == 0).any(), "special tokens must be among the targets for this test to bite"
+    expected = slow_bpb(model, (inputs, targets), tiny_shards().token_bytes)
+    assert evaluate_bpb(model, (inputs, targets), tiny_shards().token_bytes) == pytest.approx(expected, rel=1e-5)
+
+
+def test_chunks_do_not_move_the_result(model: GPT, rows: tuple[np.ndarray, np.ndarray]) -> None:
+    whole = evaluate_bpb(model, rows, tiny_shards().token_bytes, len(rows[0]))
+    for chunk in (1, 4, 7):
+        assert evaluate_bpb(model, rows, tiny_shards().token_bytes, chunk) == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shares_of_ranks_add_up_to_the_bit(
+    model: GPT, rows: tuple[np.ndarray, np.ndarray], world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank's chunk sums, added as the all-reduce would: the very float of one process."""
+    monkeypatch.setitem(evaluate.CHUNK_TOKENS, "cpu", 4 * SEQUENCE_LEN)
+    alone = evaluate_bpb(model, rows, tiny_shards().token_bytes)
+    parts: list[list[torch.Tensor]] = []
+    for rank in range(world_size):
+        mine: list[torch.Tensor] = []
+        parts.append(mine)
+        monkeypatch.setattr(evaluate, "current_ranks", lambda r=rank: evaluate_ranks(r, world_size))
+        monkeypatch.setattr(evaluate, "all_sum", lambda v, m=mine: m.append(v.cpu().double()) or v.cpu().double())
+        evaluate_bpb(model, rows, tiny_shards().token_bytes)
+    counts, nats = (sum(p[i] for p in parts[1:]) + parts[0][i] for i in (0, 1))
+    assert math.fsum(nats.tolist()) / (math.log(2) * counts[:, 0].sum().item()) == alone
+
+
+def evaluate_ranks(rank: int, world_size: int):
+    from nanochat_model.distributed import Ranks
+
+    return Ranks(rank=rank, world_size=world_size)
+
+
+def test_training_mode_is_given_back(model: GPT, rows: tuple[np.ndarray, np.ndarray]) -> None:
+    model.train()
+    evaluate_loss(model, rows)
+    assert model.training
+
+
+def test_nothing_to_evaluate_is_an_error(model: GPT, rows: tuple[np.ndarray, np.ndarray]) -> None:
+    empty = (rows[0], np.full_like(rows[1], -1))
+    with pytest.raises(ValueError, match="no target"):
+        evaluate_bpb(model, empty, tiny_shards().token_bytes)
+    with pytest.raises(ValueError, match="no target"):
+        evaluate_loss(model, empty)
