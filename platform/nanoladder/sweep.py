@@ -11,7 +11,7 @@ from nanochat_model.config import GPTConfig, Packing, RuntimeConfig
 from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
 from nanochat_model.recipe import NANOCHAT, Recipe
-from nanoladder.space import Dimension, Space, is_finite
+from nanoladder.space import Dimension, Grid, Space, is_finite
 
 Sampler = Literal["auto", "grid", "tpe", "gp", "qmc", "cmaes", "random"]
 Backend = Literal["auto", "actor", "train"]
@@ -69,6 +69,7 @@ class Sweep:
     devices_per_trial: int = 1
     trials_per_device: int = 1  # small trials that share one accelerator
     threads_per_trial: int = 1  # CPU threads, and CPUs reserved, of a device's process
+    keep_checkpoints: bool = False  # of finished runs; a law needs only their records
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
@@ -96,6 +97,13 @@ class Sweep:
             raise ConfigError(f'sweep {self.name}: backend "actor" has one device; use "train" for {self.devices_per_trial}')
         for cell in self.cells:
             self._check_sampler(cell)
+            self._check_edges(cell)
+
+    def _check_edges(self, cell: Cell) -> None:
+        space = self.space_of(cell)
+        one_grid = len(space) == 1 and all(isinstance(d, Grid) and len(d.values) > 1 for d in space.values())
+        if self.extend_edges and not (one_grid and self.sampler_of(cell) == "grid"):
+            raise ConfigError(f"sweep {self.name}: extend_edges needs a space of one Grid with two or more values in every cell")
 
     def _check_sampler(self, cell: Cell) -> None:
         space = self.space_of(cell)

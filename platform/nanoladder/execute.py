@@ -1,0 +1,245 @@
+"""Run sweeps to their end: skip what is recorded, train the rest on Ray, keep index, Optuna and MLflow in step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nanochat_model.config import DataConfig, RuntimeConfig
+from nanochat_model.errors import ConfigError
+from nanochat_model.record import RunRecord
+from nanoladder.cells import Trial, check_sweep
+from nanoladder.edges import extend_edges
+from nanoladder.listen import Listener, Listeners, ProgressState, SweepProgress
+from nanoladder.pool import CellWork, Pool, make_works, trial_tags
+from nanoladder.run_lock import exclusive
+from nanoladder.study import CellStudy, open_storage
+from nanoladder.sweep import Sweep
+from nanoladder.sweep_index import IndexWriter
+from nanoladder.throughput import estimate_throughput
+from nanoladder.trial_spec import PRETRAIN, TrialSpec
+from nanoladder.watchdog import CLUSTER_WAIT_SECONDS, LOCAL_WAIT_SECONDS, PLACEMENT_ENV, check_fits
+from nanoladder.workspace import Workspace, read_records
+
+ACTOR_SECONDS = 600.0  # longer trials go through Ray Train: its start-up of 15 s no longer counts, its recovery does
+CHECKPOINT_SECONDS = 120.0  # shorter trials write no checkpoints: training them again costs less
+CHECKPOINT_EVERY_SECONDS = 300.0
+SPEED_RECORDS = 50  # newest records that tell this device's speed
+
+
+def execute_sweep(sweep: Sweep, workspace: Workspace, **options: Any) -> list[RunRecord]:
+    """`execute_sweeps` of one."""
+    return execute_sweeps([sweep], workspace, **options)[0]
+
+
+def execute_sweeps(
+    sweeps: Sequence[Sweep],
+    workspace: Workspace,
+    *,
+    data: DataConfig | None = None,
+    progress: Callable[[SweepProgress], None] | None = None,
+    listeners: Sequence[Listener] = (),
+    max_concurrent: int | None = None,
+    address: str | None = None,
+    num_cpus: int | None = None,
+    mlflow_uri: str | None = None,
+    train_function: str = PRETRAIN,
+) -> list[list[RunRecord]]:
+    """The records of each sweep, one a run (failed ones too), in the order of cells, candidates and seeds.
+
+    Several sweeps share one stream of trials, so that no device waits between them. Ray is started only when something is
+    left to train. `data`: the shards (default: the workspace's, in each sweep's packing). `mlflow_uri`: "" for no tracking,
+    default the workspace's database. Raises ConfigError, before Ray starts, for whatever cannot run.
+    """
+    twice = [s.name for i, s in enumerate(sweeps) if s.name in [t.name for t in sweeps[:i]]]
+    if twice:
+        raise ConfigError(f"two sweeps are named {twice[0]!r}; give each its own name")
+    datas = [data if data is not None else shards_of(sweep, workspace) for sweep in sweeps]
+    for sweep, own in zip(sweeps, datas, strict=True):
+        check_sweep(sweep, own)
+    with contextlib.ExitStack() as stack:
+        for sweep in sorted(sweeps, key=lambda s: s.name):
+            stack.enter_context(exclusive(workspace.sweep_dir(sweep.name), f"sweep {sweep.name}"))
+        storage = open_storage(workspace.optuna_url)
+        stack.callback(storage.engine.dispose)
+        works = [
+            w
+            for sweep, own in zip(sweeps, datas, strict=True)
+            for w in make_works(sweep, lambda s, c, d: CellStudy(s, c, storage, d), own)
+        ]
+        all_listeners = [*_own_listeners(works, workspace, progress, mlflow_uri), *listeners]
+        listener = Listeners(all_listeners)
+        listener.on_begin(sweeps)
+        stack.callback(listener.on_end)
+        pool = Pool(works, workspace.runs_dir, on_record=listener.on_record, extend=extend_edges)
+        if not pool.done:
+            _train(pool, sweeps, workspace, listener, max_concurrent, address, num_cpus, train_function)
+    return [_in_order(sweep, works) for sweep in sweeps]
+
+
+def shards_of(sweep: Sweep, workspace: Workspace) -> DataConfig:
+    """The workspace's shards in the sweep's packing; ConfigError where they are missing or of another vocabulary."""
+    data = workspace.data_config(sweep.packing)
+    for cell in sweep.cells:
+        if cell.model.vocab_size != workspace.vocab_size:
+            raise ConfigError(
+                f"sweep {sweep.name}, cell {cell.label}: model.vocab_size {cell.model.vocab_size} is not that of the shards in "
+                f"{workspace.shards_dir} ({workspace.vocab_size}); train a tokenizer of that size, or change the cell's model"
+            )
+    return data
+
+
+def _own_listeners(
+    works: Sequence[CellWork], workspace: Workspace, progress: Callable[[SweepProgress], None] | None, mlflow_uri: str | None
+) -> list[Listener]:
+    listeners: list[Listener] = [IndexWriter(workspace, works), Housekeeper(workspace, works)]
+    uri = workspace.mlflow_uri if mlflow_uri is None else mlflow_uri
+    if uri:
+        from nanoladder.tracking import MlflowMirror
+
+        listeners.append(MlflowMirror(uri, artifacts=workspace.root / "mlartifacts"))
+    if progress is not None:
+        listeners.append(ProgressState(report=progress, clock=time.monotonic, wanted=lambda: wanted(works)))
+    return listeners
+
+
+def wanted(works: Sequence[CellWork]) -> tuple[int, float]:
+    """Runs of all cells and their FLOPs, those of candidates not yet known taken as their cell's baseline."""
+    runs = [(w.wanted_runs(), w.flops_per_trial) for w in works]
+    return sum(n for n, _ in runs), sum(n * flops for n, flops in runs)
+
+
+class Housekeeper(Listener):
+    """Removes the checkpoints of finished runs of sweeps that do not ask to keep them."""
+
+    def __init__(self, workspace: Workspace, works: Sequence[CellWork]) -> None:
+        self._workspace = workspace
+        self._keep = {w.sweep.name: w.sweep.keep_checkpoints or bool(w.sweep.runtime.keep_steps) for w in works}
+
+    def on_record(self, trial: Trial, record: RunRecord, new: bool) -> None:
+        if new and record.status == "complete" and not self._keep[trial.sweep]:
+            shutil.rmtree(self._workspace.run_dir(trial.run_id) / "checkpoints", ignore_errors=True)
+
+
+def _train(
+    pool: Pool,
+    sweeps: Sequence[Sweep],
+    workspace: Workspace,
+    listener: Listener,
+    max_concurrent: int | None,
+    address: str | None,
+    num_cpus: int | None,
+    train_function: str,
+) -> None:
+    from nanoladder.ray_init import ensure_ray
+
+    session = ensure_ray(workspace, num_cpus=num_cpus, address=address)
+    import ray
+
+    from nanoladder.schedule_trials import Scheduler, fit
+
+    maker = SpecMaker(sweeps, workspace, has_gpu=session.num_gpus > 0, train_function=train_function)
+    if session.started_here:
+        for sweep in sweeps:
+            check_fits(maker.sweep_need(sweep), ray.cluster_resources(), f"a trial of sweep {sweep.name}")
+    wait = float(os.environ.get(PLACEMENT_ENV) or (LOCAL_WAIT_SECONDS if session.started_here else CLUSTER_WAIT_SECONDS))
+    # On a cluster that was joined, a given number of trials in flight is taken literally: nodes may yet be added for them.
+    literal = max_concurrent is not None and not session.started_here
+    scheduler = Scheduler(
+        pool,
+        maker,
+        listener,
+        capacity=None if literal else ray.cluster_resources,
+        max_concurrent=max_concurrent,
+        placement_seconds=wait,
+    )
+    fit(scheduler, workspace.root / "tune" / f"{os.getpid()}-{time.time_ns()}")
+
+
+class SpecMaker:
+    """From a trial to what its process is told: backend, devices, threads, when to save."""
+
+    def __init__(self, sweeps: Sequence[Sweep], workspace: Workspace, *, has_gpu: bool, train_function: str = PRETRAIN) -> None:
+        self._sweeps = {s.name: s for s in sweeps}
+        self._workspace = workspace
+        self._has_gpu = has_gpu
+        self._train_function = train_function
+        self._records = recent_records(workspace)
+        for sweep in sweeps:
+            if sweep.device not in ("", "cpu") and not has_gpu:
+                raise ConfigError(
+                    f"sweep {sweep.name} is meant for {sweep.device} and this cluster has no GPU; give the --address of one that "
+                    "has, or --set device=cpu to run it here all the same"
+                )
+
+    def __call__(self, trial: Trial, attempt: int) -> TrialSpec:
+        sweep = self._sweeps[trial.sweep]
+        seconds = self._seconds(sweep, trial)
+        return TrialSpec(
+            run_id=trial.run_id,
+            config=trial.config,
+            runtime=self._runtime(sweep, seconds),
+            run_dir=str(self._workspace.run_dir(trial.run_id)),
+            name=trial.name,
+            sweep=trial.sweep,
+            stage=trial.stage,
+            tags=trial_tags(trial),
+            attempts=attempt,
+            backend=self._backend(sweep, seconds),
+            num_workers=sweep.devices_per_trial,
+            resources_per_worker=self._resources(sweep),
+            train_function=self._train_function,
+        )
+
+    def sweep_need(self, sweep: Sweep) -> dict[str, float]:
+        return {k: v * sweep.devices_per_trial for k, v in self._resources(sweep).items()}
+
+    def _uses_gpu(self, sweep: Sweep) -> bool:
+        return self._has_gpu and sweep.device != "cpu"
+
+    def _resources(self, sweep: Sweep) -> dict[str, float]:
+        resources = {"CPU": float(sweep.threads_per_trial)}
+        if self._uses_gpu(sweep):
+            resources["GPU"] = 1.0 / sweep.trials_per_device
+        return resources
+
+    def _seconds(self, sweep: Sweep, trial: Trial) -> float:
+        device = sweep.device or ("h100" if self._uses_gpu(sweep) else "cpu")
+        speed = estimate_throughput(trial.config.model, device, num_devices=sweep.devices_per_trial, records=self._records)
+        return trial.config.num_tokens / speed.tokens_per_second * sweep.trials_per_device
+
+    def _backend(self, sweep: Sweep, seconds: float) -> Any:
+        if sweep.backend != "auto":
+            return sweep.backend
+        return "actor" if sweep.devices_per_trial == 1 and seconds < ACTOR_SECONDS else "train"
+
+    def _runtime(self, sweep: Sweep, seconds: float) -> RuntimeConfig:
+        runtime = sweep.runtime
+        if not self._uses_gpu(sweep):
+            runtime = replace(runtime, device="cpu", num_threads=runtime.num_threads or sweep.threads_per_trial)
+        if sweep.keep_checkpoints or runtime.keep_steps or runtime.checkpoint_every_steps or runtime.checkpoint_every_seconds:
+            return runtime
+        if seconds < CHECKPOINT_SECONDS:
+            return replace(runtime, keep_last=0)
+        return replace(runtime, keep_last=1, checkpoint_every_seconds=CHECKPOINT_EVERY_SECONDS)
+
+
+def recent_records(workspace: Workspace) -> list[RunRecord]:
+    """The newest readable records."""
+    paths: list[Path] = sorted(workspace.record_paths(), key=lambda p: p.stat().st_mtime)[-SPEED_RECORDS:]
+    return read_records(paths)[0]
+
+
+def _in_order(sweep: Sweep, works: Sequence[CellWork]) -> list[RunRecord]:
+    mine: Mapping[str, CellWork] = {w.cell.label: w for w in works if w.sweep.name == sweep.name}
+    records: list[RunRecord] = []
+    for cell in sweep.cells:
+        by_candidate = mine[cell.label].records
+        records += [by_candidate[c][seed] for c in sorted(by_candidate) for seed in sweep.seeds if seed in by_candidate[c]]
+    return records

@@ -1,0 +1,219 @@
+"""Which run comes next, and what is known of each: the state of one or several sweeps, without Ray.
+
+A run is named by its run_id. One that is recorded is not trained again; one that several sweeps (or cells) ask for is
+trained once. A failed run is tried once more, in this command or the next, and no oftener in one command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+
+from nanochat_model.config import DataConfig
+from nanochat_model.counts import flops_per_token
+from nanochat_model.record import RunRecord
+from nanoladder.cells import Trial, make_trial, resolve_config
+from nanoladder.space import Value
+from nanoladder.study import Candidate, CellStudy, Outcome
+from nanoladder.sweep import Cell, Sweep
+
+MAX_ATTEMPTS = 2  # of a run within one command
+LISTED_TAGS = ("purpose", "sweeps")  # what several sweeps say of one record, comma-separated
+
+Extender = Callable[["CellWork"], Sequence[Mapping[str, Value]]]  # further candidates of a cell whose grid is done
+
+
+@dataclass
+class CellWork:
+    """One cell of one sweep at work."""
+
+    sweep: Sweep
+    cell: Cell
+    study: CellStudy
+    data: DataConfig | None
+    flops_per_trial: float  # of its baseline
+    records: dict[int, dict[int, RunRecord]] = field(default_factory=dict)  # candidate -> seed -> record
+    values: dict[int, float | None] = field(default_factory=dict)  # candidate -> value; None: failed or pruned
+
+    def wanted_runs(self) -> int:
+        return self.study.total * len(self.sweep.seeds)
+
+
+@dataclass
+class _Run:
+    """A run that is ready or being trained, and everybody who waits for it."""
+
+    trial: Trial
+    waiting: list[tuple[CellWork, Trial]]
+    tries: int = 0  # within this command
+    earlier: int = 0  # attempts that earlier commands recorded as failed
+
+
+class Pool:
+    """Hands out runs (`next`) and takes their records (`finish`). Not safe for threads."""
+
+    def __init__(
+        self,
+        works: Sequence[CellWork],
+        runs_dir: Path,
+        *,
+        on_record: Callable[[Trial, RunRecord, bool], None] | None = None,
+        extend: Extender | None = None,
+    ) -> None:
+        self._works = sorted(works, key=lambda w: -w.flops_per_trial)  # the longest first: no long tail on one device
+        self._runs_dir = runs_dir
+        self._on_record = on_record or (lambda trial, record, new: None)
+        self._extend = extend
+        self._ready: dict[str, _Run] = {}
+        self.in_flight: dict[str, _Run] = {}
+        for work in self._works:
+            for candidate in list(work.study.candidates):
+                self._open(work, candidate)
+
+    # --- what the scheduler asks ---
+
+    def next(self) -> Trial | None:
+        """The next run to train; None while results must come in first, or when `done`."""
+        while True:
+            if self._ready:
+                run_id = next(iter(self._ready))
+                run = self._ready.pop(run_id)
+                run.tries += 1
+                self.in_flight[run_id] = run
+                return run.trial
+            if not self._open_one():
+                return None
+
+    @property
+    def done(self) -> bool:
+        return not self.in_flight and not self._ready and not self._open_one()
+
+    def attempts(self, run_id: str) -> int:
+        """Which attempt at this run is in flight, counted over all commands."""
+        run = self.in_flight[run_id]
+        return run.earlier + run.tries
+
+    def finish(self, run_id: str, record: RunRecord) -> bool:
+        """The record of a run in flight; whether it will be tried again."""
+        run = self.in_flight.pop(run_id)
+        if record.status == "failed" and run.tries + min(run.earlier, 1) < MAX_ATTEMPTS:
+            self._ready[run_id] = run
+            return True
+        for i, (work, trial) in enumerate(run.waiting):
+            record = self._share(record, trial) if record.status == "complete" else record
+            self._resolve(work, trial, record, new=i == 0)
+        return False
+
+    # --- opening candidates ---
+
+    def _open_one(self) -> bool:
+        for work in self._works:
+            candidate = work.study.next_candidate()
+            if candidate is not None:
+                self._open(work, candidate)
+                return True
+        return False
+
+    def _open(self, work: CellWork, candidate: Candidate) -> None:
+        trials = [
+            make_trial(work.sweep, work.cell, candidate.number, candidate.values, seed, work.data) for seed in work.sweep.seeds
+        ]
+        for trial in trials:
+            self._admit(work, trial)
+
+    def _admit(self, work: CellWork, trial: Trial) -> None:
+        running = self._ready.get(trial.run_id) or self.in_flight.get(trial.run_id)
+        if running is not None:
+            running.waiting.append((work, trial))
+            return
+        record = load_record(self._runs_dir / trial.run_id)
+        if record is not None and record.status != "failed":
+            self._resolve(work, trial, self._share(record, trial), new=False)
+            return
+        self._ready[trial.run_id] = _Run(
+            trial=trial, waiting=[(work, trial)], earlier=0 if record is None else max(1, record.attempts)
+        )
+
+    # --- results ---
+
+    def _resolve(self, work: CellWork, trial: Trial, record: RunRecord, *, new: bool) -> None:
+        seeds = work.records.setdefault(trial.candidate, {})
+        seeds[trial.seed] = record
+        self._on_record(trial, record, new)
+        if len(seeds) < len(work.sweep.seeds):
+            return
+        outcome, value = judge(work.sweep, seeds.values())
+        attrs = {
+            "runs": {str(seed): r.run_id for seed, r in seeds.items()},
+            work.sweep.metric: {str(seed): metric_of(work.sweep, r) for seed, r in seeds.items()},
+        }
+        work.values[trial.candidate] = value
+        work.study.finish(trial.candidate, outcome, value, record.curve, **attrs)
+        if self._extend and work.sweep.extend_edges and work.study.exhausted and len(work.values) == work.study.total:
+            work.study.extend(self._extend(work))
+
+    def _share(self, record: RunRecord, trial: Trial) -> RunRecord:
+        """Add this sweep's purpose and name to the tags of a record that another sweep has made."""
+        tags = merge_tags(record.tags, trial)
+        if tags == record.tags:
+            return record
+        record = replace(record, tags=tags)
+        record.save(self._runs_dir / trial.run_id)
+        return record
+
+
+def metric_of(sweep: Sweep, record: RunRecord) -> float | None:
+    value = getattr(record, sweep.metric)
+    return None if value is None else float(value)
+
+
+def judge(sweep: Sweep, records: Iterable[RunRecord]) -> tuple[Outcome, float | None]:
+    """What a candidate's runs amount to: complete with the mean over seeds only when every seed completed."""
+    records = list(records)
+    if any(r.status == "failed" for r in records):
+        return "failed", None
+    if any(r.status == "stopped" for r in records):
+        return "pruned", None
+    values = [metric_of(sweep, r) for r in records]
+    known = [v for v in values if v is not None]
+    return ("complete", fmean(known)) if len(known) == len(values) else ("failed", None)
+
+
+def merge_tags(tags: dict[str, str], trial: Trial) -> dict[str, str]:
+    """The tags of a record with those of one more trial: lists grow, of the others the first sweep's stay."""
+    merged = {**trial_tags(trial), **tags}
+    for key in LISTED_TAGS:
+        names = [n for n in (tags.get(key, ""), trial_tags(trial).get(key, "")) if n]
+        unique = dict.fromkeys(part for n in names for part in n.split(","))
+        if unique:
+            merged[key] = ",".join(unique)
+    return merged
+
+
+def trial_tags(trial: Trial) -> dict[str, str]:
+    return {**trial.tags, "sweeps": trial.sweep}
+
+
+def load_record(run_dir: Path) -> RunRecord | None:
+    """The record in a run's folder, None where there is none. A broken one is a ConfigError that names it."""
+    if not (run_dir / "record.json").is_file():
+        return None
+    return RunRecord.load(run_dir)
+
+
+def trial_flops(trial: Trial) -> float:
+    return float(trial.config.num_tokens) * flops_per_token(trial.config.model)
+
+
+def make_works(
+    sweep: Sweep, studies: Callable[[Sweep, Cell, DataConfig | None], CellStudy], data: DataConfig | None
+) -> list[CellWork]:
+    """The cells of a sweep with their studies; `data` says which shards (None: unknown yet, for planning)."""
+    works = []
+    for cell in sweep.cells:
+        config = resolve_config(sweep, cell, data=data)
+        flops = float(config.num_tokens) * flops_per_token(config.model)
+        works.append(CellWork(sweep=sweep, cell=cell, study=studies(sweep, cell, data), data=data, flops_per_trial=flops))
+    return works

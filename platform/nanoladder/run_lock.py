@@ -1,0 +1,42 @@
+"""One process at a time trains in a run's folder. The kernel drops the lock when its holder dies, however it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanochat_model.errors import ConfigError
+
+LOCK_FILE = ".lock"
+POLL_SECONDS = 0.2
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, what: str, *, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold `folder`/.lock. Waits up to `wait_seconds` for another holder, then raises a ConfigError that names it.
+
+    (A lock of the operating system: it also works between the nodes of an NFSv4 mount, not on object stores.)
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + wait_seconds
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+                    raise ConfigError(f"{what} is being worked on by {holder}; wait for it or stop it ({folder})") from None
+                time.sleep(POLL_SECONDS)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(fd)

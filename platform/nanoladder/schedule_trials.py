@@ -1,0 +1,248 @@
+"""Ray Tune drives the pool: a searcher that hands out its runs, callbacks that take the results back.
+
+Tune places trials, keeps actors alive between them and notices when one dies. What to run, what to skip and what to try
+again is the pool's business, so nothing depends on Tune's own snapshots.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from nanochat_model.errors import ConfigError
+from nanochat_model.record import RunRecord
+from nanoladder.actor_backend import SPEC, TrialActor
+from nanoladder.cells import Trial
+from nanoladder.failed_record import failed_record
+from nanoladder.listen import Listener
+from nanoladder.pool import Pool, load_record
+from nanoladder.trial_spec import TrialSpec
+from nanoladder.watchdog import PlacementWatch
+
+MakeSpec = Callable[[Trial, int], TrialSpec]
+
+
+@dataclass
+class Assignment:
+    """A run that Tune has in hand."""
+
+    trial: Trial
+    spec: TrialSpec
+    need: Mapping[str, float]
+    given_at: float = field(default_factory=time.time)
+    started: bool = False
+
+
+class Scheduler:
+    """Between Tune and the pool. Runs are given out only while the cluster has room for all their workers, so that several
+    trials of several devices never wait for each other half placed."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        make_spec: MakeSpec,
+        listener: Listener,
+        *,
+        capacity: Callable[[], Mapping[str, float]] | None,
+        max_concurrent: int | None,
+        placement_seconds: float,
+    ) -> None:
+        self._pool, self._make_spec, self._listener = pool, make_spec, listener
+        self._capacity, self._max_concurrent = capacity, max_concurrent
+        self._placement_seconds = placement_seconds
+        self._held: Trial | None = None
+        self._watch: PlacementWatch | None = None
+        self.assigned: dict[str, Assignment] = {}
+        self.fatal: ConfigError | None = None
+
+    def suggest(self, tune_id: str) -> dict[str, Any] | str | None:
+        if self.fatal is not None:
+            return Searcher.FINISHED
+        if self._max_concurrent is not None and len(self.assigned) >= self._max_concurrent:
+            return None
+        try:
+            trial = self._held or self._pool.next()
+        except ConfigError as e:  # a suggestion that cannot be a config, or a broken record
+            self.fatal = e
+            return Searcher.FINISHED
+        if trial is None:
+            return Searcher.FINISHED if self._pool.done else None
+        spec = self._make_spec(trial, self._pool.attempts(trial.run_id))
+        need = {k: v * spec.num_workers for k, v in spec.resources_per_worker.items()}
+        if not self._has_room(need):
+            self._held = trial
+            return None
+        self._held = None
+        self.assigned[tune_id] = Assignment(trial=trial, spec=spec, need=need)
+        return {SPEC: spec.to_json()}
+
+    def _has_room(self, need: Mapping[str, float]) -> bool:
+        if self._capacity is None or not self.assigned:
+            return True
+        have = self._capacity()
+        used = {k: sum(a.need.get(k, 0.0) for a in self.assigned.values()) for k in need}
+        return all(used[k] + need[k] <= have.get(k, 0.0) + 1e-6 for k in need)
+
+    def started(self, tune_id: str) -> None:
+        assignment = self.assigned[tune_id]
+        assignment.started = True
+        self._watch = None
+        self._listener.on_start(assignment.trial, assignment.spec.attempts)
+
+    def result(self, tune_id: str, result: Mapping[str, Any]) -> None:
+        assignment = self.assigned.get(tune_id)
+        if assignment is None:
+            return
+        for event in result.get("events", ()):
+            self._listener.on_event(assignment.trial, event)
+
+    def complete(self, tune_id: str, result: Mapping[str, Any]) -> None:
+        """A trial ended as Tune sees it; its result says how the run ended."""
+        assignment = self.assigned.pop(tune_id, None)
+        if assignment is None:
+            return
+        if result.get("status") == "bad_config":
+            self.fatal = self.fatal or ConfigError(f"{assignment.trial.name}: {result['error']}")
+            return
+        if result.get("status") in ("complete", "stopped"):
+            record = load_record(Path(assignment.spec.run_dir))
+            assert record is not None, f"run {assignment.trial.run_id} said {result['status']} and left no record"
+            self._finish(assignment, record)
+        else:
+            error = result.get("error") or "the trial ended without a result"
+            self._failed(assignment, error, result.get("traceback", ""))
+
+    def died(self, tune_id: str, error: str) -> None:
+        """The actor is gone: killed, out of memory, or its node lost."""
+        assignment = self.assigned.pop(tune_id, None)
+        if assignment is not None:
+            self._failed(assignment, error, "")
+
+    def _failed(self, assignment: Assignment, error: str, traceback: str) -> None:
+        record = load_record(Path(assignment.spec.run_dir))
+        fresh = record is not None and record.status == "failed" and record.attempts == assignment.spec.attempts
+        if record is None or (record.status != "complete" and not fresh):
+            record = failed_record(assignment.spec, error, seconds=time.time() - assignment.given_at)
+            record.save(assignment.spec.run_dir)
+        self._finish(assignment, record, error, traceback)
+
+    def _finish(self, assignment: Assignment, record: RunRecord, error: str = "", traceback: str = "") -> None:
+        retry = self._pool.finish(assignment.trial.run_id, record)
+        if record.status == "failed":
+            self._listener.on_failure(assignment.trial, error or record.error or "failed", traceback, retry)
+
+    def tick(self) -> None:
+        """Called all the time: raises what must end the sweep."""
+        if self.fatal is not None:
+            raise self.fatal
+        waiting = [a for a in self.assigned.values() if not a.started]
+        if waiting and self._watch is None:
+            what = f"trial {waiting[0].trial.name}"
+            self._watch = PlacementWatch(waiting[0].need, what, self._placement_seconds)
+        if self._watch is not None:
+            running = sum(a.started for a in self.assigned.values())
+            self._watch.look(running=running, pending=len(waiting), available=ray.available_resources)
+
+
+class PoolSearcher(Searcher):
+    """Tune's view of the scheduler's suggestions."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        super().__init__()
+        self._scheduler = scheduler
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        return self._scheduler.suggest(trial_id)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The callbacks below say it with more detail."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Records are what a sweep resumes from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise AssertionError("sweeps resume from their records, never from Tune's snapshot")
+
+
+class PoolCallback(tune.Callback):
+    """Tune's events to the scheduler."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.raised: BaseException | None = None
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        try:
+            self._scheduler.tick()
+        except ConfigError as e:
+            self.raised = e  # Tune wraps what callbacks raise
+            raise
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._scheduler.started(trial.trial_id)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        self._scheduler.result(trial.trial_id, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._scheduler.complete(trial.trial_id, trial.last_result or {})
+        _forget(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._scheduler.died(trial.trial_id, _death(trial))
+        _forget(trial)
+
+
+def _death(trial: Any) -> str:
+    """One line on why an actor is gone."""
+    error = trial.get_error()
+    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+    if error is not None and "Actor" in type(error).__name__:
+        cause = next((line for line in lines if "SIGKILL" in line or "OOM" in line or "exit" in line.lower()), "")
+        return f"its process died. {cause}".strip()
+    return lines[-1] if lines else "its process died"
+
+
+def _forget(trial: Any) -> None:
+    """Drop what a finished trial keeps in the driver (its config and results): 20,000 of them must fit."""
+    trial.run_metadata.last_result = {}
+    trial.config = {}
+    trial.evaluated_params = {}
+
+
+def fit(scheduler: Scheduler, folder: Path) -> None:
+    """Run the pool dry through Ray Tune. `folder` is scratch for Tune's files and is removed."""
+    callback = PoolCallback(scheduler)
+    for name in ("ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a failed trial is reported once, by us
+    tuner = tune.Tuner(
+        TrialActor,
+        tune_config=tune.TuneConfig(search_alg=PoolSearcher(scheduler), num_samples=-1, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name="trials",
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[callback],
+            failure_config=tune.FailureConfig(max_failures=0),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
+        ),
+    )
+    try:
+        tuner.fit()
+    except Exception as e:
+        if callback.raised is not None:
+            raise callback.raised from None
+        raise RuntimeError(f"Ray Tune stopped: {e}") from e
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if scheduler.fatal is not None:
+        raise scheduler.fatal

@@ -1,0 +1,293 @@
+"""One Optuna study a cell: what is tried next, and what Optuna is told.
+
+Suggestions do not depend on timing. A sampler that learns gets its random state from the candidate's number, and suggestion
+k sees the results up to k − parallel_trials, no more and no fewer; results that come in earlier wait. So a sweep that was
+interrupted and started again asks for the same runs as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import qmc
+
+from nanochat_model.config import DataConfig
+from nanochat_model.errors import ConfigError
+from nanochat_model.identity import content_hash, run_id
+from nanochat_model.record import CurvePoint
+from nanoladder.cells import VARIANT, candidate_values, resolve_config
+from nanoladder.space import Choice, Dimension, Grid, LogUniform, Space, Value
+from nanoladder.sweep import ADAPTIVE, Cell, Sweep
+
+Outcome = Literal["complete", "failed", "pruned"]
+STARTUP_TRIALS = 10  # random candidates before TPE or GP learns: Optuna's default
+MAX_INTERMEDIATE = 12  # points of a curve that Optuna keeps; each is a write
+RETRY_OF = "retry_of"
+_STATES: dict[Outcome, TrialState] = {
+    "complete": TrialState.COMPLETE,
+    "failed": TrialState.FAIL,
+    "pruned": TrialState.PRUNED,
+}
+
+
+@dataclass
+class Candidate:
+    """A point of the space in one cell. `outcome` is None until all its runs are done; `told` says Optuna knows."""
+
+    number: int
+    values: dict[str, Value]
+    trial_number: int
+    outcome: Outcome | None = None
+    value: float | None = None
+    told: bool = False
+    curve: tuple[CurvePoint, ...] = ()
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+def open_storage(uri: str) -> optuna.storages.RDBStorage:
+    """Optuna's storage at a database URI; a sqlite file waits for other writers (a dashboard) instead of failing."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    engine = {"connect_args": {"timeout": 120}} if uri.startswith("sqlite") else {}
+    return optuna.storages.RDBStorage(uri, engine_kwargs=engine)
+
+
+def study_name(sweep: Sweep, cell: Cell, data: DataConfig | None) -> str:
+    """`wd_d12/d12-r12@1a2b3c`: the suffix changes with all that makes results incomparable (base config, space, sampler)."""
+    space = {k: [type(d).__name__, *asdict(d).values()] for k, d in sweep.space_of(cell).items()}
+    variants = {k: dict(v) for k, v in sweep.variants.items()}
+    sampler = sweep.sampler_of(cell)
+    learning = sweep.parallel_trials if sampler in ADAPTIVE else 0
+    key = [run_id(resolve_config(sweep, cell, data=data)), space, variants, sampler, learning, list(sweep.seeds), sweep.metric]
+    return f"{sweep.name}/{cell.label}@{content_hash(key)[:6]}"
+
+
+class CellStudy:
+    """The candidates of one (sweep, cell), mirrored in an Optuna study of that name."""
+
+    def __init__(self, sweep: Sweep, cell: Cell, storage: optuna.storages.BaseStorage, data: DataConfig | None = None) -> None:
+        self.sweep, self.cell = sweep, cell
+        self.space: Space = {VARIANT: Choice(sweep.variants)} if sweep.variants else sweep.space_of(cell)
+        self.sampler = sweep.sampler_of(cell)
+        self.name = study_name(sweep, cell, data)
+        self._fixed = _fixed_candidates(sweep, cell, self.space, self.sampler, self.name)
+        _check_sampler(self.sampler, self.space, sweep.name)
+        self._study = optuna.create_study(
+            study_name=self.name, storage=storage, direction=sweep.direction, load_if_exists=True, sampler=self._make_sampler(0)
+        )
+        if not self._study.user_attrs:
+            for key, value in {"sweep": sweep.name, "cell": cell.label, "question": sweep.question}.items():
+                self._study.set_user_attr(key, value)
+        self.candidates: list[Candidate] = []
+        self._adopt()
+
+    @property
+    def total(self) -> int:
+        return len(self._fixed) if self._fixed is not None else self.sweep.num_trials
+
+    @property
+    def exhausted(self) -> bool:
+        """No further candidate will come (unless the grid is extended)."""
+        return len(self.candidates) >= self.total
+
+    def describe(self) -> dict[str, Any]:
+        """What it takes to make the study again from records: its name and Optuna's distributions."""
+        distributions = {k: _distribution(d, self._values_of(k)) for k, d in self.space.items()}
+        return {"study": self.name, "distributions": {k: distribution_to_json(d) for k, d in distributions.items()}}
+
+    def next_candidate(self) -> Candidate | None:
+        """A new candidate, or None when there is none (yet): the space is exhausted, or results must come in first."""
+        number = len(self.candidates)
+        if self.exhausted or not self._may_ask(number):
+            return None
+        distributions = {k: _distribution(d, self._values_of(k)) for k, d in self.space.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.sampler = self._make_sampler(number)
+            if self._fixed is not None:
+                self._study.enqueue_trial(self._fixed[number])
+            trial = self._study.ask(distributions)
+        values = self._fixed[number] if self._fixed is not None else {k: trial.params[k] for k in self.space}
+        candidate = Candidate(number=number, values=dict(values), trial_number=trial.number)
+        self.candidates.append(candidate)
+        return candidate
+
+    def _may_ask(self, number: int) -> bool:
+        if self.sampler not in ADAPTIVE:
+            return True
+        seen = self.candidates[: max(0, number - self.sweep.parallel_trials + 1)]
+        if any(c.outcome is None for c in seen):
+            return False
+        for candidate in seen:
+            self._tell(candidate)
+        return True
+
+    def finish(self, number: int, outcome: Outcome, value: float | None, curve: Sequence[CurvePoint] = (), **attrs: Any) -> None:
+        """All runs of a candidate are done. A value that is not finite counts as failed: Optuna would wait for ever."""
+        candidate = self.candidates[number]
+        if outcome == "complete" and (value is None or not math.isfinite(value)):
+            outcome, value = "failed", None
+        candidate.outcome, candidate.value, candidate.curve, candidate.attrs = outcome, value, tuple(curve), attrs
+        if self.sampler not in ADAPTIVE:
+            self._tell(candidate)
+        elif self.exhausted and all(c.outcome for c in self.candidates):
+            for c in self.candidates:
+                self._tell(c)
+
+    def extend(self, values: Sequence[Mapping[str, Value]]) -> None:
+        """Add candidates to a grid."""
+        assert self._fixed is not None and self.sampler == "grid"
+        known = [tuple(f.items()) for f in self._fixed]
+        self._fixed += [dict(v) for v in values if tuple(v.items()) not in known]
+
+    def _tell(self, candidate: Candidate) -> None:
+        if candidate.told or candidate.outcome is None:
+            return
+        storage, trial_id = self._study._storage, self._trial(candidate)._trial_id
+        if self._trial(candidate).state.is_finished():
+            self._add_retry(candidate)
+        else:
+            for key, attr in candidate.attrs.items():
+                storage.set_trial_user_attr(trial_id, key, attr)
+            for point in thin(candidate.curve):
+                storage.set_trial_intermediate_value(trial_id, point.step, point.val_bpb)
+            value = candidate.value if candidate.outcome == "complete" else None
+            self._study.tell(candidate.trial_number, value, state=_STATES[candidate.outcome])
+        candidate.told = True
+
+    def _add_retry(self, candidate: Candidate) -> None:
+        """A candidate told failed that later succeeded: Optuna's finished trials cannot change, so a new one says it."""
+        old = self._trial(candidate)
+        if candidate.outcome != "complete" or old.state == TrialState.COMPLETE:
+            return
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                params=old.params,
+                distributions=old.distributions,
+                value=candidate.value,
+                user_attrs={**candidate.attrs, RETRY_OF: candidate.trial_number},
+            )
+        )
+
+    def _trial(self, candidate: Candidate) -> FrozenTrial:
+        return self._study._storage.get_trial(
+            self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, candidate.trial_number)
+        )
+
+    def _adopt(self) -> None:
+        """Take over what the study holds. Trials that Optuna believes to be running are candidates again, under their numbers;
+        one cut off while it was being created gets its missing values as it would have got them."""
+        trials = self._study.get_trials(deepcopy=False)
+        retried = {t.user_attrs[RETRY_OF] for t in trials if RETRY_OF in t.user_attrs}
+        for trial in trials:
+            if RETRY_OF in trial.user_attrs:
+                continue
+            number = len(self.candidates)
+            if self._fixed is not None and number >= len(self._fixed):
+                self._fixed.append(_like_grid(self.space, trial.params))  # of an extension of the grid
+            candidate = Candidate(number=number, values={}, trial_number=trial.number)
+            candidate.values = self._fixed[number] if self._fixed is not None else self._complete_params(trial, number)
+            finished = trial.state.is_finished()
+            if finished and (trial.state == TrialState.COMPLETE or trial.number in retried):
+                candidate.told = True
+            self.candidates.append(candidate)
+
+    def _complete_params(self, trial: FrozenTrial, number: int) -> dict[str, Value]:
+        if not trial.state.is_finished():
+            if trial.state == TrialState.WAITING:
+                self._study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+            self._study.sampler = self._make_sampler(number)
+            live = optuna.trial.Trial(self._study, trial._trial_id)
+            for key, dimension in self.space.items():
+                live._suggest(key, _distribution(dimension, ()))
+            return {k: live.params[k] for k in self.space}
+        return {k: trial.params[k] for k in self.space if k in trial.params}
+
+    def _values_of(self, key: str) -> tuple[Value, ...]:
+        return tuple(f[key] for f in self._fixed) if self._fixed is not None else ()
+
+    def _make_sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        seed = int(content_hash([self.name, number])[:8], 16)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if self.sampler == "tpe":
+                return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS)
+            if self.sampler == "gp":
+                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS, deterministic_objective=False)
+            if self.sampler == "cmaes":
+                return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+            return optuna.samplers.RandomSampler(seed=seed)  # candidates are given, nothing is sampled
+
+
+def _like_grid(space: Space, params: Mapping[str, Any]) -> dict[str, Value]:
+    """Optuna keeps the numbers of a grid as floats; whole numbers of a whole grid are integers again."""
+    values = dict(params)
+    for key, dimension in space.items():
+        if isinstance(dimension, Grid) and all(isinstance(v, int) for v in dimension.values):
+            values[key] = round(values[key])
+    return values
+
+
+def thin(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
+    """At most MAX_INTERMEDIATE finite points of a curve, the last always among them."""
+    finite = [p for p in curve if math.isfinite(p.val_bpb)]
+    if len(finite) <= MAX_INTERMEDIATE:
+        return finite
+    return [finite[round(i)] for i in np.linspace(0, len(finite) - 1, MAX_INTERMEDIATE)]
+
+
+def _check_sampler(sampler: str, space: Space, sweep: str) -> None:
+    ranges = [k for k, d in space.items() if not isinstance(d, Choice)]
+    if sampler == "cmaes" and (len(ranges) < 2 or len(ranges) != len(space)):
+        raise ConfigError(f"sweep {sweep}: sampler cmaes needs a space of two or more numbers and no Choice; use tpe")
+
+
+def _fixed_candidates(sweep: Sweep, cell: Cell, space: Space, sampler: str, study: str) -> list[dict[str, Value]] | None:
+    """The candidates that are known beforehand: grids, and the points of qmc and random (a longer list begins with the
+    shorter one). None for samplers that learn."""
+    if sampler in ADAPTIVE:
+        return None
+    if sampler == "grid":
+        candidates = candidate_values(sweep, cell)
+        return candidates[: sweep.num_trials] if sweep.num_trials else candidates
+    seed = int(content_hash(study)[:8], 16)
+    if sampler == "qmc":  # scrambled Sobol points, drawn to the next power of two, where they are balanced
+        engine = qmc.Sobol(d=len(space), scramble=True, rng=np.random.default_rng(seed))
+        unit = engine.random_base2(max(1, math.ceil(math.log2(sweep.num_trials))))[: sweep.num_trials]
+    else:
+        unit = np.random.default_rng(seed).random((sweep.num_trials, len(space)))
+    return [{k: _from_unit(d, float(u)) for (k, d), u in zip(space.items(), row, strict=True)} for row in unit]
+
+
+def _from_unit(dimension: Dimension, u: float) -> Value:
+    """The value at quantile `u` (0..1) of a dimension."""
+    if isinstance(dimension, Grid):
+        return dimension.values[min(int(u * len(dimension.values)), len(dimension.values) - 1)]
+    if isinstance(dimension, Choice):
+        return dimension.options[min(int(u * len(dimension.options)), len(dimension.options) - 1)]
+    if isinstance(dimension, LogUniform):
+        return math.exp(math.log(dimension.low) + u * (math.log(dimension.high) - math.log(dimension.low)))
+    return dimension.low + u * (dimension.high - dimension.low)
+
+
+def _distribution(dimension: Dimension, values: Sequence[Value]) -> BaseDistribution:
+    """Optuna's distribution. A fixed list of numbers is shown as a range, so that plots get an axis and it may grow."""
+    if isinstance(dimension, Choice):
+        return CategoricalDistribution(dimension.options)
+    if isinstance(dimension, Grid):
+        if not values:
+            return CategoricalDistribution(dimension.values)  # a learning sampler picks among them
+        numbers = [float(v) for v in values]
+        low, high = min(numbers), max(numbers)
+        return FloatDistribution(low, high, log=low > 0 and low < high)
+    return FloatDistribution(dimension.low, dimension.high, log=isinstance(dimension, LogUniform))

@@ -1,0 +1,309 @@
+"""MLflow mirrors the records for people to look at. It never stops, slows or loses a run.
+
+One thread of the driver talks to it, through a queue; when it does not answer, the mirror falls behind and says so once. The
+same command again, or `sync`, fills what is missing, because every run is found again by its tags.
+
+A sweep is a parent run, a trial a child run. Curves lie on three axes: `val_bpb` with the training step as step and the
+training time as time stamp; `by_gflops/val_bpb` with training GFLOPs as step; `by_milliseconds/val_bpb` with training
+milliseconds as step. `train_flops`, `train_seconds` and `num_tokens` at the same steps serve as x axes in MLflow's charts.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat_model.record import CurvePoint, RunRecord
+from nanoladder.cells import Trial
+from nanoladder.listen import Listener
+from nanoladder.pool import trial_tags
+from nanoladder.space import format_values
+from nanoladder.sweep import Sweep
+
+EXPERIMENT = "nanoladder"
+TAG = "nanoladder."
+FLUSH_SECONDS = 3.0  # between two batches of a running trial's metrics
+GIVE_UP_SECONDS = 30.0  # without an answer, how long nothing is sent
+CLOSE_SECONDS = 60.0  # how long the end of a command waits for the mirror
+MAX_QUEUED = 50_000
+BATCH = 900  # metrics a call; MLflow takes at most 1000
+NOT_PARAMS = ("data.path", "eval.every_steps")  # not part of a run's identity, so they may differ when it is run again
+log = logging.getLogger(__name__)
+
+Warn = Callable[[str], None]
+
+
+class MlflowMirror(Listener):
+    """Listens to sweeps and passes on what it hears. Each call returns at once."""
+
+    def __init__(self, uri: str, *, artifacts: Path, warn: Warn | None = None, close_seconds: float = CLOSE_SECONDS) -> None:
+        self.uri = uri
+        self._warn = warn or log.warning
+        self._close_seconds = close_seconds
+        self._queue: queue.Queue[tuple[str, tuple[Any, ...]] | None] = queue.Queue(MAX_QUEUED)
+        self._writer = MlflowWriter(uri, artifacts)
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._silent_until = 0.0
+        self.missed = 0  # calls that did not get through
+
+    def on_begin(self, sweeps: Sequence[Sweep]) -> None:
+        self._thread.start()
+        for sweep in sweeps:
+            self._put("begin", sweep.name, _sweep_tags(sweep))
+
+    def on_start(self, trial: Trial, attempt: int) -> None:
+        self._put("start", trial, attempt)
+
+    def on_event(self, trial: Trial, event: dict[str, Any]) -> None:
+        if event["event"] == "eval":
+            self._put("points", trial, [CurvePoint(**{k: v for k, v in event.items() if k != "event"})])
+
+    def on_record(self, trial: Trial, record: RunRecord, new: bool) -> None:
+        self._put("record", trial, record)
+
+    def on_end(self) -> None:
+        if not self._thread.is_alive():
+            return
+        self._put("end")
+        self._queue.put(None)
+        self._thread.join(self._close_seconds)
+        if self._thread.is_alive() or self.missed:
+            self._warn(f"MLflow at {self.uri} is behind the records; `nanoladder sync` (or the same command again) fills it")
+
+    def _put(self, method: str, *args: Any) -> None:
+        try:
+            self._queue.put_nowait((method, args))
+        except queue.Full:
+            self.missed += 1
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if time.monotonic() < self._silent_until:
+                self.missed += 1
+                continue
+            try:
+                getattr(self._writer, item[0])(*item[1])
+            except Exception as e:  # whatever a tracking server does, runs go on
+                if not self.missed:
+                    self._warn(f"MLflow at {self.uri} does not take what is sent ({_first_line(e)}); the sweep goes on without it")
+                self.missed += 1
+                self._silent_until = time.monotonic() + GIVE_UP_SECONDS
+
+
+class MlflowWriter:
+    """Writes sweeps and trials into MLflow; used from one thread. Finds what is there, and completes it."""
+
+    def __init__(self, uri: str, artifacts: Path) -> None:
+        self._uri, self._artifacts = uri, artifacts
+        self._client: Any = None
+        self._experiment = ""
+        self._parents: dict[str, str] = {}
+        self._children: dict[tuple[str, str], _Child] = {}
+
+    @property
+    def client(self) -> Any:
+        if self._client is None:
+            self._client = connect(self._uri)
+            self._experiment = find_or_create_experiment(self._client, self._artifacts)
+        return self._client
+
+    def begin(self, sweep: str, tags: dict[str, str]) -> None:
+        """Find or create the parent run of a sweep, and find its children."""
+        client = self.client
+        found = _search(client, self._experiment, f"tags.`{TAG}sweep` = '{sweep}'")
+        for run in found:
+            run_id = run.data.tags.get(TAG + "run_id")
+            if run_id:
+                child = _Child(run.info.run_id, run.data.tags.get(TAG + "finished_at", ""))
+                child.last_step = int(run.data.tags.get(TAG + "last_step", "-1"))
+                self._children[(sweep, run_id)] = child
+            elif TAG + "kind" in run.data.tags:
+                self._parents[sweep] = run.info.run_id
+        if sweep not in self._parents:
+            self._parents[sweep] = client.create_run(
+                self._experiment, run_name=sweep, tags={TAG + "kind": "sweep", TAG + "sweep": sweep, **tags}
+            ).info.run_id
+        else:
+            client.update_run(self._parents[sweep], status="RUNNING")
+
+    def start(self, trial: Trial, attempt: int) -> None:
+        child = self._child(trial)
+        self.client.update_run(child.id, status="RUNNING")
+        self.client.set_tag(child.id, TAG + "attempts", str(attempt))
+
+    def points(self, trial: Trial, points: Sequence[CurvePoint]) -> None:
+        """Points of a running trial, kept until a few seconds' worth is there."""
+        child = self._child(trial)
+        child.waiting += [p for p in points if p.step > child.last_step]
+        if time.monotonic() - child.flushed > FLUSH_SECONDS:
+            self._flush(child, child.started_ms)
+
+    def record(self, trial: Trial, record: RunRecord) -> None:
+        """Complete a trial's run from its record; nothing is sent where MLflow has it already."""
+        child = self._child(trial)
+        if child.finished_at and child.finished_at == record.finished_at:
+            return
+        client = self.client
+        from mlflow.entities import Metric, Param, RunTag
+
+        child.waiting = [p for p in record.curve if p.step > child.last_step]
+        started = _milliseconds(record.started_at)
+        self._flush(child, started)
+        now = _milliseconds(record.finished_at)
+        params = [Param(k, str(v)) for k, v in flatten(record.config).items() if k not in NOT_PARAMS]
+        last_step = record.curve[-1].step if record.curve else 0
+        metrics = [Metric(k, float(v), now, last_step) for k, v in final_metrics(record).items()]
+        tags = [RunTag(k, v) for k, v in record_tags(trial, record).items()]
+        client.log_batch(child.id, metrics=metrics)
+        client.log_batch(child.id, params=params[:100], tags=tags)
+        status = {"complete": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}[record.status]
+        client.set_terminated(child.id, status=status, end_time=now)
+        child.finished_at = record.finished_at
+
+    def tag(self, sweep: str, run_id: str, tags: dict[str, str]) -> None:
+        """Tags of a child run, such as a verdict; without such a child nothing happens."""
+        child = self._children.get((sweep, run_id))
+        for key, value in tags.items():
+            if child is not None:
+                self.client.set_tag(child.id, TAG + key, value)
+
+    def end(self) -> None:
+        for parent in self._parents.values():
+            self.client.set_terminated(parent)
+
+    def _child(self, trial: Trial) -> _Child:
+        key = (trial.sweep, trial.run_id)
+        if key not in self._children:
+            tags = {"mlflow.parentRunId": self._parents[trial.sweep], TAG + "sweep": trial.sweep, TAG + "run_id": trial.run_id}
+            tags |= {TAG + k: v for k, v in trial_tags(trial).items()}
+            name = f"{trial.cell} {format_values(trial.values)} s{trial.seed}".replace("  ", " ")
+            self._children[key] = _Child(self.client.create_run(self._experiment, run_name=name, tags=tags).info.run_id)
+        return self._children[key]
+
+    def _flush(self, child: _Child, started_ms: int) -> None:
+        metrics = [m for p in child.waiting for m in point_metrics(p, started_ms)]
+        for start in range(0, len(metrics), BATCH):
+            self.client.log_batch(child.id, metrics=metrics[start : start + BATCH])
+        if child.waiting:
+            child.last_step = max(p.step for p in child.waiting)
+            self.client.set_tag(child.id, TAG + "last_step", str(child.last_step))
+        child.waiting = []
+        child.flushed = time.monotonic()
+
+
+class _Child:
+    """A trial's run in MLflow."""
+
+    def __init__(self, id: str, finished_at: str = "") -> None:
+        self.id = id
+        self.finished_at = finished_at
+        self.waiting: list[CurvePoint] = []
+        self.last_step = -1  # up to here MLflow has the curve
+        self.flushed = 0.0
+        self.started_ms = round(time.time() * 1000)
+
+
+def connect(uri: str) -> Any:
+    """A client of the tracking store at `uri`; few and short attempts, so that a dead server costs little."""
+    for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def find_or_create_experiment(client: Any, artifacts: Path) -> str:
+    """The experiment's id. A database of our own keeps artifacts beside it, not in the current folder."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    local = client.tracking_uri.startswith("sqlite")
+    return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts.absolute().as_uri() if local else None))
+
+
+def _search(client: Any, experiment: str, where: str) -> list[Any]:
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment], filter_string=where, max_results=1000, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def point_metrics(point: CurvePoint, started_ms: int) -> list[Any]:
+    """One evaluation as MLflow metrics on the three axes."""
+    from mlflow.entities import Metric
+
+    at = started_ms + round(point.seconds * 1000)
+    plain = {"val_bpb": point.val_bpb, "num_tokens": point.num_tokens, "train_flops": point.train_flops}
+    plain |= {"train_seconds": point.seconds} | ({"train_loss": point.train_loss} if point.train_loss is not None else {})
+    metrics = [Metric(k, float(v), at, point.step) for k, v in plain.items()]
+    metrics.append(Metric("by_gflops/val_bpb", point.val_bpb, at, round(point.train_flops / 1e9)))
+    metrics.append(Metric("by_milliseconds/val_bpb", point.val_bpb, at, round(point.seconds * 1000)))
+    return metrics
+
+
+def final_metrics(record: RunRecord) -> dict[str, float]:
+    """The numbers of a record that tables and laws are made of."""
+    numbers = {
+        "final_val_bpb": record.val_bpb,
+        "core": record.core,
+        "total_train_flops": record.train_flops,
+        "total_num_tokens": record.num_tokens,
+        "total_train_seconds": record.train_seconds,
+        "tokens_per_second": record.tokens_per_second,
+        "mfu": record.mfu,
+        "attempts": record.attempts,
+        "num_devices": record.num_devices,
+        **{f"params_{k}": v for k, v in record.params.items()},
+    }
+    return {k: float(v) for k, v in numbers.items() if v is not None}
+
+
+def record_tags(trial: Trial, record: RunRecord) -> dict[str, str]:
+    tags = {"status": record.status, "stage": record.stage, "finished_at": record.finished_at, "device": record.device}
+    tags |= {"backend": record.backend, "comparable_hash": record.comparable_hash, "seed": str(record.seed)}
+    tags |= {"git_commit": record.git_commit, "candidate": str(trial.candidate), "values": format_values(trial.values)}
+    tags |= {"data_path": record.config.data.path, **record.tags}
+    if record.error:
+        tags["error"] = record.error[:500]
+    return {TAG + k: v for k, v in tags.items() if v}
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a nested dataclass."""
+    flat: dict[str, Any] = {}
+    for f in fields(value):
+        child = getattr(value, f.name)
+        flat |= flatten(child, f"{prefix}{f.name}.") if is_dataclass(child) else {prefix + f.name: child}
+    return flat
+
+
+def _sweep_tags(sweep: Sweep) -> dict[str, str]:
+    tags = {"question": sweep.question, "source": sweep.source, "stage": sweep.stage, "purpose": sweep.purpose}
+    return {TAG + k: v for k, v in tags.items() if v} | {"mlflow.note.content": sweep.question}
+
+
+def _milliseconds(iso: str) -> int:
+    if not iso:
+        return round(time.time() * 1000)
+    return round(datetime.datetime.fromisoformat(iso).timestamp() * 1000)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

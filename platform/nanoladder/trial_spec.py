@@ -1,0 +1,90 @@
+"""What a trial's process is told, as plain JSON, and how it is run there. The same for both backends."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nanochat_model.callbacks import Callback, StepInfo, StopTraining
+from nanochat_model.config import RuntimeConfig, TrainConfig
+from nanochat_model.identity import from_dict
+from nanochat_model.record import CurvePoint, RunRecord
+
+PRETRAIN = "nanochat_model.train:pretrain"
+STOP_FILE = "stop"  # in a run's folder: ask it to stop at its next report
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSpec:
+    """One run to be trained somewhere."""
+
+    run_id: str
+    config: TrainConfig
+    runtime: RuntimeConfig
+    run_dir: str
+    name: str = ""
+    sweep: str = ""
+    stage: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
+    attempts: int = 1
+    backend: Literal["actor", "train"] = "actor"
+    num_workers: int = 1
+    resources_per_worker: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
+    placement_seconds: float = 60.0
+    train_function: str = PRETRAIN  # module:function of pretrain's signature
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> TrialSpec:
+        return from_dict(cls, json.loads(text), "trial spec: ")
+
+    def run(self, callbacks: Sequence[Callback] = ()) -> RunRecord:
+        """Train in this process, on this rank, and return the record."""
+        module, _, function = self.train_function.partition(":")
+        train: Callable[..., RunRecord] = getattr(importlib.import_module(module), function)
+        return train(
+            self.config,
+            self.runtime,
+            run_dir=self.run_dir,
+            callbacks=(*callbacks, StopOnRequest(Path(self.run_dir))),
+            name=self.name,
+            sweep=self.sweep,
+            stage=self.stage,
+            tags=self.tags,
+            backend=self.backend,
+            attempts=self.attempts,
+        )
+
+
+class StopOnRequest(Callback):
+    """Ends a run, with a record that says so, when a file named `stop` appears in its folder."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / STOP_FILE
+
+    def on_step(self, info: StepInfo) -> None:
+        if self._path.exists():
+            self._path.unlink(missing_ok=True)
+            raise StopTraining("stopped on request")
+
+
+class Forward(Callback):
+    """Passes what the loop says to `send` as plain dicts: the latest step and every evaluation."""
+
+    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
+        self._send = send
+
+    def on_start(self, config: TrainConfig, start_step: int) -> None:
+        self._send({"event": "start", "step": start_step, "num_steps": config.num_steps})
+
+    def on_step(self, info: StepInfo) -> None:
+        self._send({"event": "step", **asdict(info)})
+
+    def on_eval(self, point: CurvePoint) -> None:
+        self._send({"event": "eval", **asdict(point)})
