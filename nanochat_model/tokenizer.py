@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -17,27 +17,18 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import content_hash, write_atomic
+from nanochat_model.word_split import SPLIT_PATTERN, split_words
 
 BOS = "<|bos|>"
 SPECIAL_TOKENS = (
     BOS, "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
     "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
 )  # fmt: skip
-# The split rule of GPT-4 (public in OpenAI's tiktoken) with numbers in groups of at most 2 digits (nanochat tokenizer.py).
-SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-# The same rule for text of ASCII alone, in Python's own `re` (which knows no \p{L}): about 6 times faster than the engine
-# inside `tokenizers`. \s is spelled out, since Python counts four control characters to it that Unicode does not.
-_ASCII_SPLIT = re.compile(
-    r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\nA-Za-z0-9]?+[A-Za-z]+|[0-9]{1,2}| ?[^\t-\r A-Za-z0-9]++[\r\n]*"
-    r"|[\t-\r ]*[\r\n]|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
-)
-# No word of the split rule reaches over a newline that is followed by a visible character, and none looks past it: a text
-# may be cut there and its pieces split on their own.
-_SAFE_CUT = re.compile(r"(?<=\n)(?=[!-~])")
 TOKENIZER_FILE = "tokenizer.json"
 META_FILE = "tokenizer_meta.json"
 SCHEMA_VERSION = 1
 _MAX_CACHED_WORDS = 1 << 20
+_MAX_CACHED_IDS = 1 << 24
 _NUM_BYTES = 256
 
 
@@ -57,8 +48,12 @@ _CHARACTER_BYTES = {c: b for b, c in enumerate(_BYTE_CHARACTERS)}
 class Tokenizer:
     """Encodes text to ids and back. `hash` names its content: vocabulary, merges, split rule and special tokens."""
 
-    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
-        """`vocab` and `merges` in byte characters, without special tokens; ids must be 0..len(vocab)-1."""
+    def __init__(
+        self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], trained_on: Mapping[str, Any] | None = None
+    ) -> None:
+        """`vocab` and `merges` in byte characters, without special tokens; ids must be 0..len(vocab)-1. `trained_on`: what the
+        merges were learned from, for the record."""
+        self.trained_on = dict(trained_on or {})
         self._vocab = vocab
         self._merges = [tuple(pair) for pair in merges]
         self._backend = HFTokenizer(models.BPE(vocab=vocab, merges=list(merges)))
@@ -77,7 +72,7 @@ class Tokenizer:
         self.hash = content_hash([SPLIT_PATTERN, SPECIAL_TOKENS, ordered, self._merges])
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, *, corpus_hash: str = "") -> Tokenizer:
         """Learn merges from `texts` until there are `vocab_size` ids, special tokens included.
 
         Raises ConfigError when the texts do not hold that many pairs seen at least twice, saying how many they support.
@@ -96,7 +91,15 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        trained.train_from_iterator(texts, trainer)
+        trained_on: dict[str, Any] = {"corpus_hash": corpus_hash, "num_docs": 0, "num_bytes": 0}
+
+        def counted() -> Iterator[str]:
+            for text in texts:
+                trained_on["num_docs"] += 1
+                trained_on["num_bytes"] += len(text.encode())
+                yield text
+
+        trained.train_from_iterator(counted(), trainer)
         merges = [(a, b) for a, b in json.loads(trained.to_str())["model"]["merges"]]
         vocab = {c: b for b, c in enumerate(_BYTE_CHARACTERS)}
         for a, b in merges:
@@ -107,7 +110,7 @@ class Tokenizer:
                 f"vocab_size {vocab_size} is larger than the corpus supports: it has {supported - smallest} merges of pairs seen "
                 f"at least twice; give a vocab_size of at most {supported} or more text"
             )
-        return cls(vocab, merges)
+        return cls(vocab, merges, trained_on)
 
     @property
     def vocab_size(self) -> int:
@@ -138,19 +141,11 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of `text` as int32 (n,): the same as `encode`, faster for long texts."""
-        if len(self._words) > _MAX_CACHED_WORDS:
+        if len(self._words) > _MAX_CACHED_WORDS or len(self._word_ids) > _MAX_CACHED_IDS:
             for cache in (self._words, self._word_ids, self._word_starts, self._word_lengths):
                 cache.clear()
-        if text.isascii():
-            return self._ids_of_words(_ASCII_SPLIT.findall(text))
-        pieces = []
-        for is_ascii, group in itertools.groupby(_SAFE_CUT.split(text), key=str.isascii):
-            piece = "".join(group)
-            if is_ascii:
-                pieces.append(self._ids_of_words(_ASCII_SPLIT.findall(piece)))
-            else:
-                pieces.append(np.array(self._backend.encode(piece, add_special_tokens=False).ids, np.int32))
-        return np.concatenate(pieces)
+        pieces = [self._ids_of_words(words) if split else self._ids_of_text(words[0]) for words, split in split_words(text)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens by name; bytes that are no valid UTF-8 become U+FFFD."""
@@ -170,6 +165,7 @@ class Tokenizer:
             "num_merges": len(self._merges),
             "special_tokens": self._special_ids,
             "split_pattern": SPLIT_PATTERN,
+            "trained_on": self.trained_on,
         }
         write_atomic(folder / META_FILE, json.dumps(meta, indent=1))
 
@@ -182,7 +178,7 @@ class Tokenizer:
         if meta.get("schema_version") != SCHEMA_VERSION:
             raise ConfigError(f"{folder / META_FILE}: schema {meta.get('schema_version')!r}, this version reads {SCHEMA_VERSION}")
         try:
-            tokenizer = cls(data["model"]["vocab"], [(a, b) for a, b in data["model"]["merges"]])
+            tokenizer = cls(data["model"]["vocab"], [(a, b) for a, b in data["model"]["merges"]], meta["trained_on"])
         except (KeyError, TypeError, ValueError) as e:
             raise ConfigError(
                 f"{folder / TOKENIZER_FILE}: no byte-level BPE vocabulary ({e!r}); train the tokenizer again"
@@ -192,6 +188,9 @@ class Tokenizer:
                 f"{folder / TOKENIZER_FILE}: content {tokenizer.hash}, but {META_FILE} names {meta.get('hash')}; train it again"
             )
         return tokenizer
+
+    def _ids_of_text(self, text: str) -> np.ndarray:
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
 
     def _ids_of_words(self, words: list[str]) -> np.ndarray:
         """Ids of `words` in a row, through the cache."""
