@@ -7,12 +7,14 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_model.artifacts import Progress, build_folder, sha256_file
@@ -32,6 +34,7 @@ from nanochat_model.tokenizer import Tokenizer
 
 __all__ = ["ShardSet", "build_shards"]
 SHARD_BYTES = 256 << 20  # of text in one shard file, about 64 million tokens at 4 bytes each
+DONE_FOLDER = "done"
 WINDOW_TOKENS = 1 << 28  # documents are shuffled and packed within windows of whole shard files of this many tokens
 Task = tuple[Path, int]  # parquet file, row group
 Tokenized = tuple[np.ndarray, np.ndarray, int]  # ids with BOS, length of each document, bytes of text
@@ -47,7 +50,8 @@ def build_shards(
     shard_bytes: int = SHARD_BYTES,
     window_tokens: int = WINDOW_TOKENS,
 ) -> ShardSet:
-    """Tokenize a corpus into `out_dir`, or find it there. The result does not depend on `num_workers`.
+    """Tokenize a corpus into `out_dir`, or find it there. The result does not depend on `num_workers`, the processes that share
+    the work; with more than one, a script that calls this needs the usual `if __name__ == "__main__":`.
 
     Raises ConfigError when `out_dir` holds shards of another corpus or tokenizer, or something else.
     """
@@ -81,78 +85,79 @@ def build_shards(
 
 
 class _Build:
-    """One build in its work folder. A finished shard file has a {split}_{number}.json beside it: its manifest entry and the
-    number of row groups of the split it and those before it hold."""
+    """One build in its work folder. done/ holds a record of each finished shard file: its manifest entry, and how many row
+    groups of the split are done with it."""
 
     def __init__(self, corpus: CorpusInfo, tokenizer: Tokenizer, work: Path, wanted: dict, progress: Progress | None) -> None:
         self.corpus, self.tokenizer, self.work, self.wanted, self.progress = corpus, tokenizer, work, wanted, progress
         self.done_bytes = 0
 
     def run(self, num_workers: int) -> None:
+        (self.work / MANIFEST_FILE).unlink(missing_ok=True)  # of a build that ended between writing it and the renaming
         self.tokenizer.save(self.work)
         splits = {}
-        with _Pool(self.work, num_workers) as pool:
+        with _Pool(self.tokenizer, self.work, num_workers) as pool:
             for split in SPLITS:
                 files = self._split(split, pool)
                 totals = {k: sum(f[k] for f in files) for k in ("num_docs", "num_tokens", "num_bytes")}
                 splits[split] = {**totals, "files": files}
         np.save(self.work / TOKEN_BYTES_FILE, self.tokenizer.token_bytes())
         manifest = {**self.wanted, "token_bytes": file_entry(self.work / TOKEN_BYTES_FILE), "splits": splits}
-        manifest["hash"] = manifest_hash(manifest)
-        known = {MANIFEST_FILE, *(p.name for p in self.work.iterdir() if p.suffix in (".bin", ".npy"))}
-        write_atomic(self.work / MANIFEST_FILE, json.dumps(manifest, indent=1))
-        for path in self.work.glob("*_*.json"):
-            if path.name not in known and path.name.startswith(SPLITS):
-                path.unlink()
+        write_atomic(self.work / MANIFEST_FILE, json.dumps({**manifest, "hash": manifest_hash(manifest)}, indent=1))
+        shutil.rmtree(self.work / DONE_FOLDER)
 
     def _split(self, split: str, pool: _Pool) -> list[dict]:
         tasks = [(path, group) for path in split_files(self.corpus, split) for group in range(_num_row_groups(path))]
         files: list[dict] = []
         at = 0
-        while (entry := self._finished(split, len(files))) is not None:
-            files.append({k: v for k, v in entry.items() if k != "row_groups_done"})
-            at = entry["row_groups_done"]
-            self._report(entry["num_bytes"])
+        while at < len(tasks) and (done := self._finished(split, len(files))) is not None:
+            files.append(done["entry"])
+            at = done["row_groups"]
+            self._report(done["entry"]["num_bytes"])
         results = pool.map(tasks[at:])
         while at < len(tasks):
-            entry = self._write(split, len(files), results, at)
-            at = entry["row_groups_done"]
-            write_atomic(self.work / f"{split}_{len(files):05d}.json", json.dumps(entry))
-            files.append({k: v for k, v in entry.items() if k != "row_groups_done"})
+            entry, groups = self._write(split, len(files), results)
+            at += groups
+            write_atomic(self._done_file(split, len(files)), json.dumps({"entry": entry, "row_groups": at}))
+            files.append(entry)
         return files
+
+    def _done_file(self, split: str, number: int) -> Path:
+        return self.work / DONE_FOLDER / f"{split}_{number:05d}.json"
 
     def _finished(self, split: str, number: int) -> dict | None:
         """The record of a shard file of an earlier, interrupted build, when its files still are what it says."""
-        path = self.work / f"{split}_{number:05d}.json"
+        path = self._done_file(split, number)
         if not path.exists():
             return None
-        entry = json.loads(path.read_text(encoding="utf8"))
+        done = json.loads(path.read_text(encoding="utf8"))
         for kind in ("tokens", "offsets"):
-            file = self.work / entry[kind]["name"]
-            if not file.exists() or file.stat().st_size != entry[kind]["size"] or sha256_file(file) != entry[kind]["sha256"]:
+            wanted, file = done["entry"][kind], self.work / done["entry"][kind]["name"]
+            if not file.exists() or file.stat().st_size != wanted["size"] or sha256_file(file) != wanted["sha256"]:
                 return None
-        return entry
+        return done
 
-    def _write(self, split: str, number: int, results: Iterator[Tokenized], at: int) -> dict:
-        """One shard file from the next results, until it holds `shard_bytes` of text."""
+    def _write(self, split: str, number: int, results: Iterator[Tokenized]) -> tuple[dict, int]:
+        """One shard file from the next results, until it holds `shard_bytes` of text: its entry and how many row groups."""
         tokens_path = self.work / f"{split}_{number:05d}.bin"
         offsets_path = self.work / f"{split}_{number:05d}.offsets.npy"
-        lengths, num_bytes = [np.zeros(1, np.int64)], 0
+        lengths, num_bytes, groups = [np.zeros(1, np.int64)], 0, 0
         with tokens_path.open("wb") as f:
             for ids, doc_lengths, text_bytes in results:
-                f.write(ids.astype(self.wanted["dtype"]).data)
+                f.write(ids.astype(self.wanted["dtype"], copy=False).data)
                 lengths.append(doc_lengths)
                 num_bytes += text_bytes
-                at += 1
+                groups += 1
                 self._report(text_bytes)
                 if num_bytes >= self.wanted["shard_bytes"]:
                     break
         offsets = np.cumsum(np.concatenate(lengths))
         np.save(offsets_path, offsets)
-        return {
+        entry = {
             "tokens": file_entry(tokens_path), "offsets": file_entry(offsets_path), "num_docs": len(offsets) - 1,
-            "num_tokens": int(offsets[-1]), "num_bytes": num_bytes, "row_groups_done": at,
+            "num_tokens": int(offsets[-1]), "num_bytes": num_bytes,
         }  # fmt: skip
+        return entry, groups
 
     def _report(self, text_bytes: int) -> None:
         self.done_bytes += text_bytes
@@ -163,21 +168,21 @@ class _Build:
 class _Pool:
     """Tokenizes row groups in order, in this process or in several others, a few ahead of the reader."""
 
-    def __init__(self, tokenizer_dir: Path, num_workers: int) -> None:
-        self._num_workers = num_workers
-        if num_workers == 1:
-            _start_worker(tokenizer_dir)
-        else:  # spawn: a fork of a process with threads (tokenizers, torch, ray) can hang
-            self._executor = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer_dir,))
+    def __init__(self, tokenizer: Tokenizer, tokenizer_dir: Path, num_workers: int) -> None:
+        self._tokenizer, self._num_workers = tokenizer, num_workers
+        self._executor: ProcessPoolExecutor | None = None
+        if num_workers > 1:  # spawn: a fork of a process with threads (tokenizers, torch, ray) can hang
+            context = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(num_workers, context, _start_worker, (tokenizer_dir,))
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Tokenized]:
-        if self._num_workers == 1:
-            yield from map(_tokenize, tasks)
+        if self._executor is None:
+            yield from (_tokenize(self._tokenizer, task) for task in tasks)
             return
         remaining, pending = iter(tasks), deque[Future[Tokenized]]()
         while True:
             for task in itertools.islice(remaining, 2 * self._num_workers - len(pending)):
-                pending.append(self._executor.submit(_tokenize, task))
+                pending.append(self._executor.submit(_tokenize_in_worker, task))
             if not pending:
                 return
             yield pending.popleft().result()
@@ -186,25 +191,31 @@ class _Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._num_workers > 1:
+        if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 
 
-_worker_tokenizer: Tokenizer | None = None
+_worker_tokenizer: Tokenizer | None = None  # of a worker process
 
 
 def _start_worker(tokenizer_dir: Path) -> None:
     global _worker_tokenizer
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are the parallelism here
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
     _worker_tokenizer = Tokenizer.load(tokenizer_dir)
 
 
-def _tokenize(task: Task) -> Tokenized:
+def _tokenize_in_worker(task: Task) -> Tokenized:
+    assert _worker_tokenizer is not None
+    return _tokenize(_worker_tokenizer, task)
+
+
+def _tokenize(tokenizer: Tokenizer, task: Task) -> Tokenized:
     path, group = task
-    tokenizer = _worker_tokenizer
-    assert tokenizer is not None
-    with pq.ParquetFile(path) as file:
-        texts = file.read_row_group(group, columns=["text"]).column(0).to_pylist()
+    try:
+        with pq.ParquetFile(path) as file:
+            texts = file.read_row_group(group, columns=["text"]).column(0).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read ({str(e).splitlines()[0]}); remove the corpus and build it again") from None
     bos = np.array([tokenizer.bos_id], np.int32)
     pieces = [p for text in texts for p in (bos, tokenizer.encode_array(text))]
     lengths = np.array([1 + len(p) for p in pieces[1::2]], np.int64)
@@ -213,5 +224,8 @@ def _tokenize(task: Task) -> Tokenized:
 
 
 def _num_row_groups(path: Path) -> int:
-    with pq.ParquetFile(path) as file:
-        return file.num_row_groups
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.num_row_groups
+    except (pa.ArrowException, OSError) as e:
+        raise ConfigError(f"{path}: cannot be read ({str(e).splitlines()[0]}); remove the corpus and build it again") from None

@@ -32,7 +32,7 @@ _MAX_CACHED_IDS = 1 << 24
 _NUM_BYTES = 256
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table, as `tokenizers` uses it)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {b: chr(b) for b in printable}
@@ -41,7 +41,7 @@ def _byte_characters() -> list[str]:
     return [table[b] for b in range(_NUM_BYTES)]
 
 
-_BYTE_CHARACTERS = _byte_characters()
+_BYTE_CHARACTERS = byte_characters()
 _CHARACTER_BYTES = {c: b for b, c in enumerate(_BYTE_CHARACTERS)}
 
 
