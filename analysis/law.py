@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
+from analysis.allocation.tools import jsonable
 from analysis.errors import DataError
 
 Status = Literal["converged", "at_bound", "not_identifiable", "too_few"]
@@ -105,7 +106,7 @@ class Law:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON data; NaN and infinity become null."""
-        return to_plain({f.name: getattr(self, f.name) for f in fields(self)})
+        return jsonable({f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Law:
@@ -122,18 +123,3 @@ class Law:
 def unit_coefficient(coefficient: float, exponents: Mapping[str, float], references: Mapping[str, float]) -> float:
     """The coefficient k of the same law with all references 1."""
     return math.exp(math.log(coefficient) - sum(e * math.log(references.get(s, 1.0)) for s, e in exponents.items()))
-
-
-def to_plain(value: Any) -> Any:
-    """numpy and tuples into JSON's own kinds; NaN and infinities into null."""
-    if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [to_plain(v) for v in value]
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value

@@ -194,13 +194,14 @@ def fit_power_law(
     law = replace(
         empty,
         coefficient=coefficient, exponents=exponents, references=references, free=tuple(free), n=n, status=status,
-        domain={s: _range(points.symbols[s][usable]) for s in symbols},
+        domain={s: log_range(points.symbols[s][usable]) for s in symbols},
         message="; ".join(doubts), tests=tests,
     )  # fmt: skip
     return _with_intervals(law, line, points)
 
 
-def _range(logs: np.ndarray) -> tuple[float, float]:
+def log_range(logs: np.ndarray) -> tuple[float, float]:
+    """Range of the values themselves."""
     return float(np.exp(logs.min())), float(np.exp(logs.max()))
 
 

@@ -45,7 +45,10 @@ class Valley:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum:
-    """Where the loss is least along one knob, in natural logarithms. `bounds`: what is known when it is not interior."""
+    """Where the loss is least along one knob, in natural logarithms. `bounds`: what is known when it is not interior.
+
+    `x`, `loss`: the points to draw: all runs of a one-dimensional cell, the best run at each value of a two-dimensional one.
+    """
 
     axis: str
     log_value: float
@@ -135,8 +138,6 @@ def locate(valley: Valley, axis: str, variance: float, df: float, level: float =
     se = float(np.sqrt(max(0.0, (valley.jacobian @ covariance @ valley.jacobian.T)[a, a]))) if known else float("nan")
     curvature, curvature_se = _least_curvature(valley, covariance)
     edge, reason = judge(grid, argmin, vertex, se, curvature, curvature_se, quantile)
-    if edge in ("low", "high") and not (argmin <= grid[0] or argmin >= grid[-1]) and len(grid) < 3:
-        edge, reason = "flat", "fewer than three values"
     means = [float(np.exp(valley.y[np.abs(valley.x[:, a] - g) < 1e-8].mean())) for g in (grid[0], grid[-1])]
     best = float(np.exp(valley.y.min()))
     if edge == "interior":
@@ -154,9 +155,14 @@ def locate(valley: Valley, axis: str, variance: float, df: float, level: float =
         num_points=len(valley.y),
         num_used=int(valley.used.sum()),
         best_loss=best,
-        x=tuple(float(v) for v in np.exp(valley.x[:, a])) if k == 1 else (),
-        loss=tuple(float(v) for v in np.exp(valley.y)) if k == 1 else (),
+        x=tuple(float(v) for v in np.exp(valley.x[:, a] if k == 1 else grid)),
+        loss=tuple(float(v) for v in np.exp(valley.y if k == 1 else _profile(valley, a, grid))),
     )
+
+
+def _profile(valley: Valley, axis: int, grid: np.ndarray) -> np.ndarray:
+    """Least log loss at each value of one of two knobs, (g,)."""
+    return np.array([valley.y[np.abs(valley.x[:, axis] - g) < 1e-8].min() for g in grid])
 
 
 def judge(

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.law import Law, Prediction, Status, to_plain
+from analysis.allocation.tools import jsonable
+from analysis.law import Law, Prediction, Status
 from analysis.noise import SeedNoise
 from analysis.optima import as_points, find_optima
-from analysis.power_law import COLLINEAR, SAME_VALUE, Points, fit_line, fit_power_law
+from analysis.power_law import COLLINEAR, SAME_VALUE, Points, fit_line, fit_power_law, log_range
 
 ASSUMED = {"width": -1.97, "D": -1.0, "N": -1.0, "ratio": 0.527}  # nanochat's width law; constant timescale; −ρ
 METHOD = "quadratics of log loss in log weight decay, then one weighted power law a candidate"
@@ -64,7 +65,7 @@ class WeightDecayLaw:
             "separating_runs": self.separating_runs, "cells": self.cells, "n": self.n, "source_hash": self.source_hash,
         }  # fmt: skip
         average = None if self.average is None else self.average.as_dict()
-        return {"candidates": [c.as_dict() for c in self.candidates], "average": average, **to_plain(plain)}
+        return {"candidates": [c.as_dict() for c in self.candidates], "average": average, **jsonable(plain)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WeightDecayLaw:
@@ -181,7 +182,7 @@ def _timescale_law(law: Law, points: Points) -> Law:
         references=refs, free=free, covariance=covariance, parameters={"k": 1 / k, "rho": -e},
         standard_errors={"k": None, "rho": law.standard_errors["ratio"]},
         intervals={"k": None if held is None else (1 / held[1], 1 / held[0]), **intervals},
-        domain={s: (float(np.exp(points.symbols[s][inside].min())), float(np.exp(points.symbols[s][inside].max()))) for s in ("N", "D")},
+        domain={s: log_range(points.symbols[s][inside]) for s in ("N", "D")},
     )  # fmt: skip
 
 
