@@ -14,15 +14,12 @@ from nanochat_model.attention import attend
 from nanochat_model.config import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat_model.init import initial_tensor
 from nanochat_model.loss import cross_entropy, softcapped_logits
+from nanochat_model.native import ops as native
+from nanochat_model.ops import mix_norm, relu_square, rms_norm, rotate
 
 ROTARY_BASE = 100_000.0
 QK_SCALE = 1.2  # on queries and on keys, after their norm
 VE_GATE_RANGE = 3.0  # value-embedding gates lie in (0, 3)
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """x / √(mean(x²) + eps) over the last dimension; no gain, eps of the dtype (torch's default)."""
-    return F.rms_norm(x, (x.shape[-1],))
 
 
 def rotary_tables(num_positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -30,12 +27,6 @@ def rotary_tables(num_positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
     frequency = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, T, H, D) by -θ: halves of D are paired; cos, sin broadcast to (B, T, H, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
 class Linear(nn.Module):
@@ -73,13 +64,24 @@ class Attention(nn.Module):
         self.ve_gate = Linear(VE_GATE_CHANNELS, config.num_kv_heads) if layer in config.value_embed_layers else None
 
     def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C) normalized; ve (B, T, kv_dim) on layers with a value embedding; cos, sin (T, D/2)."""
         B, T, C = x.shape
         q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.c_q, self.c_k, self.c_v))
-        if self.ve_gate is not None and ve is not None:
-            gate = VE_GATE_RANGE * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))
-            v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        q, k = (QK_SCALE * rms_norm(rotate(y, cos, sin)) for y in (q, k))
-        return self.c_proj(attend(q, k, v, self.window).reshape(B, T, C))
+        gate = None if self.ve_gate is None else self.ve_gate(x[..., :VE_GATE_CHANNELS])
+        ve = None if ve is None else ve.view_as(v)
+        if native.usable(q, cos):
+            y = native.CoreAttention.apply(q, k, v, cos, sin, ve, gate, self.window, QK_SCALE, VE_GATE_RANGE)
+        else:
+            y = self._core(q, k, v, cos, sin, ve, gate)
+        return self.c_proj(y.reshape(B, T, C))
+
+    def _core(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None
+    ) -> Tensor:
+        if gate is not None and ve is not None:
+            v = v + (VE_GATE_RANGE * torch.sigmoid(gate)).unsqueeze(-1) * ve.to(v.dtype)
+        q, k = (QK_SCALE * rms_norm(rotate(y, cos.unsqueeze(1), sin.unsqueeze(1))) for y in (q, k))
+        return attend(q, k, v, self.window)
 
 
 class MLP(nn.Module):
@@ -89,7 +91,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.model_dim, config.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(relu_square(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -98,9 +100,10 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn(rms_norm(x), ve, cos, sin)
-        return x + self.mlp(rms_norm(x))
+    def forward(self, x: Tensor, normed: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C), the residual stream, and its norm; returns the stream after attention and MLP."""
+        x, normed = mix_norm(x, self.attn(normed, ve, cos, sin))
+        return x + self.mlp(normed)
 
 
 class GPT(nn.Module):
@@ -154,18 +157,18 @@ class GPT(nn.Module):
 
     def features(self, idx: Tensor) -> Tensor:
         """Normalized output of the last layer (B, T, C), in the compute dtype."""
-        T = idx.shape[1]
-        cos, sin = (t[:T].unsqueeze(1) for t in (self.cos, self.sin))  # (T, 1, D/2)
+        cos, sin = (t[: idx.shape[1]] for t in (self.cos, self.sin))
         x = rms_norm(self.transformer["wte"](idx)).to(self.compute_dtype)
         x = x0 = self._smear(x)
         middle = x
-        for i, block in enumerate(self.transformer["h"]):
-            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-            ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
-            x = block(x, ve, cos, sin)
+        for i, (block, r, l) in enumerate(
+            zip(self.transformer["h"], self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), strict=True)
+        ):
+            ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
+            x = block(*mix_norm(x, x0, r, l), ve, cos, sin)
             if i == self.config.depth // 2:
                 middle = x
-        return rms_norm(x - self.backout_lambda.to(x.dtype) * middle)
+        return mix_norm(x, middle, None, -self.backout_lambda[0])[1]
 
     def _smear(self, x: Tensor) -> Tensor:
         """Mix the previous token's embedding into each position but the first."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_model.native import ops as native
+
 SOFTCAP = 15.0  # logits = 15·tanh(raw/15) (nanochat gpt.py)
 IGNORE_INDEX = -1
 CPU_CHUNK_BYTES = 1 << 20  # a chunk's float32 logits stay in the second-level cache
@@ -90,6 +92,8 @@ def _chunk(raw: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tens
     With t = tanh(raw/15) and z = 15·t: d loss / d raw = (softmax(z) - onehot)·(1 - t²). |z| <= 15, so exp needs no maximum
     subtracted.
     """
+    if native.usable(raw):
+        return native.cross_entropy_rows(raw, targets, SOFTCAP, needs_grad).sum(), raw if needs_grad else None
     valid = targets != IGNORE_INDEX
     index = targets.clamp_min(0).unsqueeze(1)
     t = torch.tanh_(raw.float().mul_(1.0 / SOFTCAP))

@@ -1,0 +1,208 @@
+"""The C kernels as autograd functions on CPU tensors of float32 or bfloat16.
+
+Each has a pure PyTorch twin with the same meaning in nanochat_model.ops, which is what these are tested against. Shapes:
+B rows, T positions, H query heads, K kv heads, D head_dim, C channels, N = B·T.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat_model.native.build import kernels
+
+PIECE = 64  # rows of a partial sum, as in kernels.inc
+SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
+EPS = float(torch.finfo(torch.float32).eps)  # of torch's rms_norm, which computes bf16 in float32
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: on the CPU, of one supported dtype, compiled, and not being traced."""
+    first = tensors[0]
+    return (
+        first.device.type == "cpu"
+        and first.dtype in SUFFIX
+        and all(t.dtype == first.dtype for t in tensors)
+        and not torch.compiler.is_compiling()
+        and kernels() is not None
+    )
+
+
+def _call(name: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
+    """Call a kernel: tensors by address (they must be contiguous), ints as int64, floats as float; the thread count is added."""
+    library = kernels()
+    assert library is not None
+    values: list[Any] = []
+    for a in args:
+        if isinstance(a, Tensor):
+            assert a.is_contiguous()
+            values.append(ctypes.c_void_p(a.data_ptr()))
+        elif isinstance(a, float):
+            values.append(ctypes.c_float(a))
+        else:
+            values.append(ctypes.c_void_p(None) if a is None else ctypes.c_int64(a))
+    getattr(library, name + SUFFIX[dtype])(*values, ctypes.c_int(torch.get_num_threads()))
+
+
+class MixNorm(torch.autograd.Function):
+    """(s, n): s = r·x + l·y and n = rms_norm(s). r and l are 0-d float32 tensors, None for 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, r: Tensor | None, l: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, y = x.contiguous(), y.contiguous()
+        C = x.shape[-1]
+        rows = x.numel() // C
+        s, n = torch.empty_like(x), torch.empty_like(x)
+        inv = torch.empty(rows, dtype=torch.float32)
+        ctx.factors = (1.0 if r is None else r.item(), 1.0 if l is None else l.item())
+        ctx.learned = r is not None or l is not None
+        ctx.has_r = r is not None
+        _call("mix_norm", x.dtype, x, y, *ctx.factors, s, n, inv, rows, C, EPS)
+        ctx.save_for_backward(s, inv, *((x, y) if ctx.learned else ()))
+        ctx.set_materialize_grads(False)
+        return s, n
+
+    @staticmethod
+    def backward(ctx: Any, gs: Tensor | None, gn: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        s, inv, *inputs = ctx.saved_tensors
+        x, y = inputs or (s, s)
+        gn = torch.zeros_like(s) if gn is None else gn.contiguous()
+        gs = None if gs is None else gs.contiguous()
+        C = s.shape[-1]
+        rows = s.numel() // C
+        gx = torch.empty_like(s)
+        gy = torch.empty_like(s) if ctx.learned else gx
+        sums = torch.empty((-(-rows // PIECE), 2), dtype=torch.float64)
+        _call("mix_norm_backward", s.dtype, gs, gn, s, inv, x, y, *ctx.factors, gx, gy, sums, int(ctx.learned), rows, C)
+        if not ctx.learned:
+            return gx, gx, None, None
+        g_r, g_l = sums.sum(0).float().unbind()
+        return gx, gy, g_r if ctx.has_r else None, g_l
+
+
+class ReluSquare(torch.autograd.Function):
+    """relu(x)²."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x)
+        _call("relu_square", x.dtype, x, out, x.numel())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        out = torch.empty_like(x)
+        _call("relu_square_backward", x.dtype, x, g.contiguous(), out, x.numel())
+        return out
+
+
+def cross_entropy_rows(raw: Tensor, targets: Tensor, cap: float, want_grad: bool) -> Tensor:
+    """Losses (n,) of raw logits (n, V) after the soft cap; with want_grad `raw` becomes the gradient of their sum."""
+    n, V = raw.shape
+    losses = torch.empty(n, dtype=torch.float32)
+    scratch = torch.empty(2 * V * torch.get_num_threads(), dtype=torch.float32)
+    _call("cross_entropy", raw.dtype, raw, targets.contiguous(), losses, scratch, n, V, cap, int(want_grad))
+    return losses
+
+
+class CoreAttention(torch.autograd.Function):
+    """Everything between the projections: rotary, QK norm and scale, gated value embeddings, windowed causal attention.
+
+    q (B, T, H, D), k and v (B, T, K, D); cos, sin (T, D/2) in their dtype; ve (B, T, K, D) float32 and gate logits (B, T, K), or
+    both None. Returns (B, T, H, D). Softmax as in attention.BlockedAttention (whose notes hold here too).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        ve: Tensor | None,
+        gate: Tensor | None,
+        window: int,
+        qk_scale: float,
+        ve_range: float,
+    ) -> Tensor:
+        from nanochat_model.attention import SAVE_WEIGHTS_MAX, blocks
+
+        B, T, H, D = q.shape
+        K = k.shape[2]
+        dtype = q.dtype
+        q_scale = qk_scale / math.sqrt(D)
+        qr, kr, vr = (t.new_empty((B, t.shape[2], T, D)) for t in (q, k, v))
+        _call("rotary_norm", dtype, q, cos, sin, qr, B, T, H, D, EPS, q_scale)
+        _call("rotary_norm", dtype, k, cos, sin, kr, B, T, K, D, EPS, qk_scale)
+        if gate is None or ve is None:
+            vr.copy_(v.transpose(1, 2))
+        else:
+            _call("gated_values", dtype, v, ve, gate, vr, B, T, K, D, ve_range)
+        out = torch.empty_like(q)
+        kept: list[Tensor] = []
+        sums: list[Tensor] = []
+        for start, stop, first in blocks(T, window):
+            e, total = _exp_block(qr, kr, start, stop, first, window)
+            o = torch.bmm(e, vr.view(B * K, T, D)[:, first:stop])
+            _call("divide_rows", dtype, o, total, out, B, T, H, D, start, stop - start)
+            sums.append(total)
+            if T <= SAVE_WEIGHTS_MAX:
+                kept.append(e)
+        ctx.save_for_backward(q, k, cos, sin, qr, kr, vr, out, *((ve, gate) if gate is not None else ()), *sums, *kept)
+        ctx.meta = (B, T, H, K, D, window, q_scale, qk_scale, ve_range, gate is not None, len(sums))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        from nanochat_model.attention import blocks
+
+        B, T, H, K, D, window, q_scale, k_scale, ve_range, gated, num_blocks = ctx.meta
+        q, k, cos, sin, qr, kr, vr, out, *rest = ctx.saved_tensors
+        ve, gate, *rest = rest if gated else (None, None, *rest)
+        sums, kept = rest[:num_blocks], rest[num_blocks:]
+        g = g.contiguous()
+        gqr = torch.empty_like(qr)
+        gkr, gvr = (torch.zeros((B * K, T, D), dtype=torch.float32) for _ in range(2))
+        q_rows, k_rows, v_rows = qr.view(B * K, H // K, T, D), kr.view(B * K, T, D), vr.view(B * K, T, D)
+        for i, (start, stop, first) in enumerate(blocks(T, window)):
+            n = stop - start
+            rows = H // K * n
+            e = kept[i] if kept else _exp_block(qr, kr, start, stop, first, window)[0]
+            gs = g.new_empty((B * K, rows, D))
+            delta = torch.empty((B * K, rows), dtype=torch.float32)
+            _call("divide_rows_backward", g.dtype, g, out, sums[i], gs, delta, B, T, H, D, start, n)
+            gvr[:, first:stop] += torch.bmm(e.mT, gs)
+            ds = torch.bmm(gs, v_rows[:, first:stop].mT)
+            _call("softmax_backward", ds.dtype, ds, e, delta, B * K * rows, stop - first)
+            gqr.view(B * K, H // K, T, D)[:, :, start:stop] = torch.bmm(ds, k_rows[:, first:stop]).view(B * K, H // K, n, D)
+            gkr[:, first:stop] += torch.bmm(ds.mT, q_rows[:, :, start:stop].reshape(B * K, rows, D))
+        gq, gk, gv = torch.empty_like(q), torch.empty_like(k), k.new_empty((B, T, K, D))
+        _call("rotary_norm_backward", g.dtype, gqr, q, cos, sin, gq, B, T, H, D, EPS, q_scale)
+        _call("rotary_norm_backward", g.dtype, gkr.to(g.dtype), k, cos, sin, gk, B, T, K, D, EPS, k_scale)
+        gve = ggate = None
+        if gate is None or ve is None:
+            gv.copy_(gvr.view(B, K, T, D).transpose(1, 2))
+        else:
+            gve, ggate = torch.empty_like(ve), torch.empty_like(gate)
+            _call("gated_values_backward", g.dtype, gvr, ve, gate, gv, gve, ggate, B, T, K, D, ve_range)
+        return gq, gk, gv, None, None, gve, ggate, None, None, None
+
+
+def _exp_block(qr: Tensor, kr: Tensor, start: int, stop: int, first: int, window: int) -> tuple[Tensor, Tensor]:
+    """exp of the visible logits (B·K, G·n, m), 0 elsewhere, and the row sums (B·K, G·n)."""
+    B, H, T, D = qr.shape
+    K = kr.shape[1]
+    n, m = stop - start, stop - first
+    rows = qr.view(B * K, H // K, T, D)[:, :, start:stop].reshape(B * K, H // K * n, D)
+    e = torch.bmm(rows, kr.view(B * K, T, D)[:, first:stop].mT)
+    sums = torch.empty((B * K, H // K * n), dtype=torch.float32)
+    _call("exp_visible", e.dtype, e, sums, B * H, n, m, start - first, window)
+    return e, sums
