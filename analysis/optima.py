@@ -105,8 +105,10 @@ def _fit_group(cell: pd.DataFrame, axis: str, other: str | None) -> _Group:
 
 
 def _free(cell: pd.DataFrame, axis: str, other: str) -> bool:
-    """Whether `other` takes several values at one value of `axis`: neither constant nor a rule's consequence."""
-    return cell[other].notna().all() and bool((cell.groupby(axis)[other].nunique() > 1).any())
+    """Whether the two knobs vary beside each other: neither is constant nor a function of the other."""
+    if cell[other].isna().any():
+        return False
+    return any(bool((cell.groupby(x)[y].nunique() > 1).any()) for x, y in ((axis, other), (other, axis)))
 
 
 def _one_decay(cell: pd.DataFrame, axis: str) -> pd.DataFrame:

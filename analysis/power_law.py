@@ -18,6 +18,7 @@ from scipy import optimize, stats
 from analysis.law import Law, Status, unit_coefficient
 
 SAME_VALUE = math.log(1.1)  # a symbol whose range is under 10% does not vary
+MIN_RANGE = math.log(1.4)  # and over less than this its exponent is noise: the published one is kept
 COLLINEAR = 0.98  # correlation of two predictors beyond which their exponents are not told apart
 
 
@@ -181,6 +182,9 @@ def fit_power_law(
     line = _fit(design, shifted, usable)
     exponents = {s: float(line.beta[1 + free.index(s)]) if s in free else float(assumed.get(s, 0.0)) for s in symbols}
     tests: dict[str, Any] = {}
+    if status == "too_few" and len(symbols) == 1 and n == 2:
+        x, y = centred[symbols[0]][points.interior], points.value[points.interior]
+        tests["two_point_exponent"] = float(np.diff(y)[0] / np.diff(x)[0]) if np.ptp(x) > 0 else None
     if points.bounded.any():
         alone = fit_line(design[points.interior], shifted.value[points.interior], points.se[points.interior])
         tests["without_edge_cells"] = {"exponents": {s: float(alone.beta[1 + i]) for i, s in enumerate(free)}, "n": n}
@@ -208,21 +212,25 @@ def log_range(logs: np.ndarray) -> tuple[float, float]:
 def _choose_free(centred: Mapping[str, np.ndarray], points: Points, symbols: Sequence[str]) -> tuple[list[str], Status, list[str]]:
     """Which exponents the interior optima can tell, and what is in doubt."""
     inside = {s: centred[s][points.interior] for s in symbols}
-    varying = [s for s in symbols if np.ptp(inside[s]) > SAME_VALUE]
+    varying = [s for s in symbols if np.ptp(inside[s]) > MIN_RANGE]
     status: Status = "converged"
     doubts = []
     n = int(points.interior.sum())
     if len(varying) < len(symbols):
         still = [s for s in symbols if s not in varying]
-        status, doubts = "not_identifiable", [f"{', '.join(still)} does not vary over the cells"]
+        status, doubts = "not_identifiable", [f"{', '.join(still)} hardly varies over the cells"]
     if len(varying) == 2 and n > 2:
         r = float(np.corrcoef(inside[varying[0]], inside[varying[1]])[0, 1])
         if abs(r) > COLLINEAR:
             status, doubts = "not_identifiable", [f"{varying[0]} and {varying[1]} move together (correlation {r:.4f})"]
             varying = varying[1:]
     distinct = len(np.unique(np.round(np.column_stack([inside[s] for s in symbols]), 3), axis=0))
-    if distinct < len(varying) + 2:
-        return [], "too_few", [f"{distinct} distinct cells for {len(varying) + 1} coefficients"]
+    if n < 3 or distinct < len(varying) + 2:
+        return (
+            [],
+            "too_few",
+            [f"{distinct} distinct cell{'s' * (distinct != 1)} cannot tell {len(symbols)} exponent{'s' * (len(symbols) != 1)}"],
+        )
     return varying, status, doubts
 
 

@@ -24,7 +24,7 @@ from analysis.power_law import COLLINEAR, SAME_VALUE, Points, fit_line, fit_powe
 
 ASSUMED = {"width": -1.97, "D": -1.0, "N": -1.0, "ratio": 0.527}  # nanochat's width law; constant timescale; −ρ
 METHOD = "quadratics of log loss in log weight decay, then one weighted power law a candidate"
-CLEARLY_BETTER = 0.7  # a candidate is selected when its leave-one-scale-out error is under this share of the next one's
+REFUTED = 2.0  # a candidate whose leave-one-scale-out error exceeds the best one's by this factor is out
 SPREAD = 3.0  # factor by which the separating runs move tokens or batch
 
 
@@ -125,8 +125,8 @@ def _fit(points: Points, cells: Sequence[dict[str, Any]], level: float, source_h
     fitted = [law for law in usable if law.status != "too_few" and law.tests.get("exponent_fitted", bool(law.free))] or usable
     correlations = _correlations(points, predictors, [law.name for law in fitted])
     errors = {law.name: _leave_one_out(*predictors[law.name]) for law in fitted}
-    selected, status, verdict = _verdict(fitted, correlations, errors, n)
-    pool = [law for law in fitted if law.name == selected] or fitted
+    pool, status, verdict = _verdict(fitted, correlations, errors, n)
+    selected = pool[0].name if len(pool) == 1 else None
     average = _average(pool, points, level, source_hash)
     runs = _separating_runs(pool, points) if status == "not_identifiable" else ()
     return WeightDecayLaw(
@@ -217,32 +217,32 @@ def _leave_one_out(points: Points, symbol: str) -> float:
 
 def _verdict(
     fitted: Sequence[Law], correlations: Mapping[str, float], errors: Mapping[str, float], n: int
-) -> tuple[str | None, Status, str]:
-    if all(law.status == "too_few" for law in fitted):
+) -> tuple[list[Law], Status, str]:
+    """Candidates left standing, the status of the whole, and why in words.
+
+    A candidate stays when its leave-one-scale-out error is within twice the best one's, or when its predictor moves together
+    with the best one's (then a better error is luck). One left: selected. Several: not identifiable.
+    """
+    if n < 3 or all(law.status == "too_few" for law in fitted):
         words = "two scales fix an exponent exactly and leave nothing to judge it by" if n == 2 else fitted[0].message
-        return None, "too_few", f"too few scales ({n}): {words}; published exponents with fitted constants"
+        return list(fitted), "too_few", f"too few scales ({n}): {words}; published exponents with fitted constants"
     if len(fitted) == 1:
-        return fitted[0].name, fitted[0].status, f"one candidate only ({fitted[0].name}): nothing to compare it with"
+        return list(fitted), fitted[0].status, f"one candidate only ({fitted[0].name}): nothing to compare it with"
     ranked = sorted((v, k) for k, v in errors.items() if math.isfinite(v))
-    together = [(pair, r) for pair, r in correlations.items() if abs(r) > COLLINEAR]
+    best = ranked[0][1] if ranked else fitted[0].name
+    together = {k for pair, r in correlations.items() if abs(r) > COLLINEAR and best in pair.split(",") for k in pair.split(",")}
+    near = {k for v, k in ranked if v <= REFUTED * ranked[0][0]} if ranked else {law.name for law in fitted}
+    pool = [law for law in fitted if law.name in near | together]
+    if len(pool) == 1:
+        next_best = f", {ranked[1][0]:.3f} for {ranked[1][1]}" if len(ranked) > 1 else ""
+        words = f"{best} predicts left-out scales best: rms error of log decay {ranked[0][0]:.3f}{next_best}"
+        return pool, pool[0].status, words
     if together:
-        pair, r = max(together, key=lambda item: abs(item[1]))
-        a, b = pair.split(",")
-        words = f"{a} and {b} move together in these runs (correlation {r:.4f})"
-        if not (ranked and all(ranked[0][1] not in p.split(",") for p, _ in together) and _clear(ranked)):
-            return None, "not_identifiable", f"not identifiable: {words}; the average of the candidates is given"
-    if _clear(ranked):
-        best = next(law for law in fitted if law.name == ranked[0][1])
-        return (
-            best.name,
-            best.status,
-            f"{best.name} predicts left-out scales best ({ranked[0][0]:.3f} against {ranked[1][0]:.3f} of log decay)",
-        )
-    return None, "not_identifiable", "not identifiable: no candidate predicts left-out scales clearly better; the average is given"
-
-
-def _clear(ranked: Sequence[tuple[float, str]]) -> bool:
-    return len(ranked) >= 2 and ranked[0][0] < CLEARLY_BETTER * ranked[1][0]
+        pair, r = max(((p, r) for p, r in correlations.items() if best in p.split(",")), key=lambda item: abs(item[1]))
+        why = f"{' and '.join(pair.split(','))} move together in these runs (correlation {r:.4f})"
+    else:
+        why = "no candidate predicts left-out scales clearly better"
+    return pool, "not_identifiable", f"not identifiable: {why}; the average of {', '.join(law.name for law in pool)} is given"
 
 
 def _average(laws: Sequence[Law], points: Points, level: float, source_hash: str) -> Law:
