@@ -139,7 +139,16 @@ def _weight_decay(spec: LadderSpec, rng: np.random.Generator) -> Iterator[RunRec
         budget = spec.budgets[min(i, len(spec.budgets) - 1)]
         model = model_near(spec.surface.optimal_params(budget, factor=6.6), spec.scale)
         for factor in (0.25, 0.5, 1.0, 2.0, 4.0):
-            yield _record(spec, rng, model, budget, weight_decay_factor=factor, sweep="weight_decay", stage=f"d{model.depth}")
+            yield _record(
+                spec,
+                rng,
+                model,
+                budget,
+                weight_decay_factor=factor,
+                sweep="weight_decay",
+                purpose="weight_decay",
+                stage=f"d{model.depth}",
+            )
 
 
 def _batch(spec: LadderSpec, rng: np.random.Generator) -> Iterator[RunRecord]:
@@ -157,6 +166,7 @@ def _batch(spec: LadderSpec, rng: np.random.Generator) -> Iterator[RunRecord]:
                     batch_factor=batch_factor,
                     lr_factor=lr_factor,
                     sweep="batch_lr",
+                    purpose="batch_size",
                     stage=f"d{model.depth}",
                 )
 
@@ -165,7 +175,7 @@ def _seeds(spec: LadderSpec, rng: np.random.Generator) -> Iterator[RunRecord]:
     budget = spec.budgets[len(spec.budgets) // 2]
     model = model_near(spec.surface.optimal_params(budget, factor=6.6), spec.scale)
     for seed in range(1, spec.seed_replicates + 1):
-        yield _record(spec, rng, model, budget, seed=seed, sweep="seeds", stage="noise")
+        yield _record(spec, rng, model, budget, seed=seed, sweep="seeds", stage="noise", purpose="noise")
 
 
 def _record(
@@ -180,6 +190,7 @@ def _record(
     seed: int = 0,
     sweep: str = "isoflop",
     stage: str = "isoflop",
+    purpose: str = "allocation",
 ) -> RunRecord:
     truth, counts, per_token = spec.surface, count_params(model), flops_per_token(model)
     n, row = float(counts.scaling), model.sequence_len
@@ -208,7 +219,7 @@ def _record(
         name=f"{sweep}-d{model.depth}w{model.model_dim}",
         sweep=sweep,
         stage=stage,
-        tags=dict(spec.tags),
+        tags={"purpose": purpose, **({"budget": f"{flops:g}"} if purpose == "allocation" else {}), **spec.tags},
         config=config,
         seed=seed,
         params=counts.as_dict(),

@@ -1,0 +1,52 @@
+"""Warnings in plain words, the worst first: those that the fits gave, and what only the table can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from analysis.report import format as fmt
+from analysis.table import RunTable
+
+LEVELS = ("bad", "warn", "note")
+MANY_LEFT_OUT = 0.1  # share of rows left out from which a reader should know at once
+SETTING_TITLES = {"batch_size": "Batch size", "learning_rate": "Learning rate", "weight_decay": "Weight decay"}
+
+
+def warning_facts(raw: Mapping[str, Any], table: RunTable, facts: Mapping[str, Any]) -> list[dict[str, str]]:
+    """[{"level": bad|warn|note, "text"}], without repetition."""
+    found: list[dict[str, str]] = []
+    laws_hash = str(raw.get("source_hash") or "")
+    if laws_hash and laws_hash != table.hash:
+        text = f"The laws were fitted to other runs (hash {laws_hash}) than this table (hash {table.hash}); fit again."
+        found.append({"level": "bad", "text": text})
+    verdict = facts["prediction"].get("verdict")
+    for reason in facts["prediction"].get("reasons") or []:
+        found.append({"level": "bad" if verdict == "refuse" else "warn", "text": sentence(reason)})
+    for source in (raw.get("warnings"), (raw.get("allocation") or {}).get("warnings")):
+        found += [as_warning(w) for w in source or []]
+    rows = len(table) + len(table.left_out)
+    if rows and len(table.left_out) > MANY_LEFT_OUT * rows:
+        text = (
+            f"{len(table.left_out):,} of {rows:,} rows were left out ({fmt.percent(len(table.left_out) / rows)}); see the reasons."
+        )
+        found.append({"level": "warn", "text": text})
+    unique: dict[str, dict[str, str]] = {}
+    for warning in found:
+        unique.setdefault(warning["text"], warning)
+    return sorted(unique.values(), key=lambda w: LEVELS.index(w["level"]))
+
+
+def as_warning(value: Any) -> dict[str, str]:
+    """A warning of the laws file: a text, or {"level"?, "text"|"message"}."""
+    if isinstance(value, Mapping):
+        level = str(value.get("level", "warn"))
+        return {"level": level if level in LEVELS else "warn", "text": sentence(value.get("text") or value.get("message") or "")}
+    return {"level": "warn", "text": sentence(value)}
+
+
+def sentence(value: Any) -> str:
+    """Starts with a capital letter (unless it starts with a symbol's name) and ends with a stop."""
+    text = str(value).strip()
+    head = text[:1].upper() + text[1:] if text[:2].islower() else text
+    return head if head.endswith((".", "!", "?")) else head + "."

@@ -1,0 +1,268 @@
+"""The sections about compute: verdict, isoFLOP, surface, allocation, prediction. Facts in, HTML out.
+
+A missing piece is one line, never an empty plot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from analysis.report import format as fmt
+from analysis.report.blocks import Content, Figures, Html, chip, details, join, lead, missing, rich, table, tag
+
+Facts = Mapping[str, Any]
+NOTICE_WORDS = {"bad": "Problem", "warn": "Caution", "note": "Note"}
+
+
+def section(anchor: str, title: str, content: Html, status: str | None = None) -> Html:
+    heading = tag("h2", [title, chip(status)] if status else title)
+    return tag("section", [heading, content], id=anchor)
+
+
+def masthead(facts: Facts) -> Html:
+    source = facts["source"]
+    parts = [fmt.plural(source["n_runs"], "run")]
+    if facts["budgets"]:
+        ends = f"{fmt.scientific(facts['budgets'][0], 2)} to {fmt.scientific(facts['budgets'][-1], 2)} FLOPs"
+        parts.append(f"{fmt.plural(len(facts['budgets']), 'budget')}, {ends}")
+    parts.append(f"parameters counted as {facts['convention_label']}")
+    parts.append(f"data {source['table_hash']}")
+    if source.get("generated_at"):
+        parts.append(source["generated_at"])
+    button = tag("button", "Dark", "toggle", type="button", id="toggle")
+    return tag(
+        "header",
+        [tag("p", "Scaling report", "kicker"), tag("h1", facts["title"]), tag("p", " · ".join(parts), "meta"), button],
+        "masthead",
+    )
+
+
+def notices(facts: Facts) -> Html:
+    if not facts["warnings"]:
+        return tag("p", "No warnings: nothing in these runs speaks against the laws below.", "calm")
+    items = [
+        tag("li", [tag("b", NOTICE_WORDS[w["level"]]), tag("span", rich(w["text"]))], w["level"], role="listitem")
+        for w in facts["warnings"]
+    ]
+    return tag("ul", items, "notices", aria_label="Warnings")
+
+
+def verdict(facts: Facts) -> Html:
+    block = facts["verdict"]
+    sentences = tag("ol", [tag("li", rich(s)) for s in block["sentences"]], "sentences")
+    body = [tag("h2", ["Verdict", chip(block["status"])]), stats(block["recommended"], facts)]
+    body.append(tag("div", [tag("div", sentences), config_table(block["recommended"])], "columns"))
+    return tag("section", body, "verdict", id="verdict")
+
+
+def stats(target: Facts, facts: Facts) -> Html:
+    loss = target.get("loss") or {}
+    cells = [
+        ("Parameters", fmt.count(target.get("N")), fmt.interval(target.get("N_low"), target.get("N_high"), fmt.count), ""),
+        ("Training tokens", fmt.count(target.get("D")), fmt.interval(target.get("D_low"), target.get("D_high"), fmt.count), ""),
+        (
+            "Tokens per parameter",
+            fmt.significant(target.get("ratio")),
+            fmt.interval(target.get("ratio_low"), target.get("ratio_high"), fmt.significant),
+            "",
+        ),
+        (
+            f"Predicted {facts['loss_name']}",
+            fmt.loss(loss.get("value")),
+            fmt.interval(loss.get("low"), loss.get("high"), fmt.loss),
+            "loss",
+        ),
+    ]
+    return tag("dl", [tag("div", [tag("dt", n), tag("dd", v), tag("dd", i)], css) for n, v, i, css in cells], "stats")
+
+
+def config_table(target: Facts) -> Html:
+    rows: list[tuple[str, str, str]] = [("Compute", f"{fmt.flops(target.get('C'))} FLOPs", target.get("C_note") or "")]
+    for key, title, formatter, unit in (
+        ("N", "Parameters", fmt.count, ""),
+        ("D", "Tokens", fmt.count, ""),
+        ("batch_size", "Batch", fmt.whole, " tokens"),
+        ("learning_rate", "Matrix learning rate", fmt.significant, ""),
+        ("weight_decay", "Weight decay", fmt.significant, ""),
+    ):
+        value = target.get(key)
+        if isinstance(value, Mapping):
+            low, high, number = value.get("low"), value.get("high"), value.get("value")
+            note = value.get("note") or (fmt.interval(low, high, formatter) if fmt.is_number(number) else "")
+        else:
+            number, note = value, fmt.interval(target.get(f"{key}_low"), target.get(f"{key}_high"), formatter)
+        if fmt.is_number(number):
+            assert isinstance(number, (int, float))
+            rows.append((title, formatter(number) + unit, note))
+        elif isinstance(value, Mapping):
+            rows.append((title, "not fitted", note))
+    body = [tag("tr", [tag("td", t), tag("td", [v, tag("small", n)] if n else v)]) for t, v, n in rows]
+    return tag("table", [tag("caption", "Recommended configuration"), tag("tbody", body)], "config")
+
+
+def isoflop(facts: Facts, figures: Figures) -> Html:
+    block = facts["isoflop"]
+    if block.get("missing"):
+        return section("isoflop", "IsoFLOP curves", missing(block["missing"]))
+    caption = (
+        f"{facts['loss_name'].capitalize()} against model size at equal compute, one colour a budget. Lines are parabolas in "
+        "log N; a diamond marks each minimum, its bar the 90% interval; an amber cross marks a minimum that does not lie inside its "
+        "grid. The dotted line is the compute-optimal path of the fitted surface."
+    )
+    rows = []
+    for b in block["budgets"]:
+        rows.append(
+            [
+                fmt.scientific(b["C"], 3),
+                f"{b['n']:,}",
+                fmt.count(b.get("N_opt")),
+                fmt.interval(b.get("N_low"), b.get("N_high"), fmt.count),
+                fmt.count(b.get("D_opt")),
+                fmt.significant(b.get("ratio_opt")),
+                fmt.loss(b.get("L_opt")),
+                chip(b.get("side") or b["status"]),
+            ]
+        )
+    heads = ["Budget, FLOPs", "Runs", "N*", "90% interval", "D*", "D*/N*", facts["loss_name"], "Minimum"]
+    body = [lead(block["text"]), figures.show("isoflop", caption), table(heads, rows, numbers=range(1, 7))]
+    return section("isoflop", "IsoFLOP curves", join(body))
+
+
+def surface(facts: Facts, figures: Figures) -> Html:
+    block = facts["parametric"]
+    if block.get("missing"):
+        return section("surface", "Loss surface", missing(block["missing"]))
+    left = figures.show(
+        "surface",
+        "The fitted surface: lines of equal loss over parameters and tokens, the runs coloured by budget, and the path of least "
+        "loss at each compute.",
+    )
+    right = figures.show(
+        "residuals", "What the surface leaves unexplained, run by run. A trend along compute would mean that the form is wrong."
+    )
+    formula = Html("L(N, D) = E + A / N<sup>α</sup> + B / D<sup>β</sup>")
+    body = [
+        lead(block["text"]),
+        tag("p", formula, "formula"),
+        parameter_table(block),
+        figures.row("pair", [left, right]),
+    ]
+    if block.get("variants"):
+        body.append(details("The same surface by other estimators", variants_table(block["variants"])))
+    return section("surface", "Loss surface", join(body), block["status"])
+
+
+def parameter_table(block: Facts) -> Html:
+    rows = []
+    for key, name, meaning in (
+        ("E", "E", "loss that no amount of compute removes"),
+        ("A", "A", "weight of the term in N"),
+        ("B", "B", "weight of the term in D"),
+        ("alpha", "α", "how fast size helps"),
+        ("beta", "β", "how fast data helps"),
+    ):
+        low, high = (block.get("intervals") or {}).get(key) or (None, None)
+        digits = (lambda v: fmt.significant(v, 4)) if key in ("E", "alpha", "beta") else fmt.significant
+        rows.append([name, digits(block[key]), fmt.interval(low, high, digits), meaning])
+    return table(["", "Estimate", "90% interval", "Meaning"], rows, numbers=(1, 2))
+
+
+def variants_table(variants: Facts) -> Html:
+    keys = ("E", "A", "B", "alpha", "beta")
+    rows = [
+        [name.replace("_", " "), *(fmt.significant(fit.get(k), 4) for k in keys), chip(str(fit.get("status", "")))]
+        for name, fit in variants.items()
+    ]
+    return table(["Estimator", "E", "A", "B", "α", "β", "Status"], rows, numbers=(1, 2, 3, 4, 5))
+
+
+def allocation(facts: Facts, figures: Figures) -> Html:
+    block = facts["conventions"]
+    if block.get("missing"):
+        return section("allocation", "Parameters or tokens", missing(block["missing"]))
+    captions = {
+        "N": "Best size at each compute.",
+        "D": "Best number of tokens.",
+        "ratio": "Tokens per parameter; the convention whose line is flattest is the one to plan with.",
+    }
+    shown = [figures.show(f"allocation_{q}", captions[q]) for q in ("N", "D", "ratio")]
+    key = tag(
+        "p",
+        "Lines are the surface's optimum with its 90% band, points the minima of the parabolas. Accent: "
+        + "; ".join(f"{b['label']} ({s})" for b, s in zip(block["by_name"].values(), ("solid", "dashed", "dotted"), strict=False))
+        + ". A star marks the recommendation.",
+        "text",
+    )
+    rows, marked = [], []
+    for i, (name, b) in enumerate(block["by_name"].items()):
+        ends = b.get("ratio_ends") or (None, None)
+        rows.append(
+            [
+                b["label"],
+                exponent(b.get("N_exponent")),
+                exponent(b.get("D_exponent")),
+                f"{fmt.significant(ends[0])} → {fmt.significant(ends[1])}",
+                exponent(b.get("ratio_exponent")),
+                "steadiest" if name == block.get("steadiest") else "",
+            ]
+        )
+        marked += [i] if name == facts["convention"] else []
+    heads: list[Content] = ["N counts", rich("N* ∝ C^a"), rich("D* ∝ C^b"), "D/N, lowest → highest budget", rich("D/N ∝ C^(b−a)"), ""]
+    body = [lead(block["text"]), figures.row("triple", shown), key, table(heads, rows, numbers=(1, 2, 3, 4), marked=marked)]
+    return section("allocation", "Parameters or tokens", join(body))
+
+
+def exponent(value: Facts | None) -> str:
+    if not value or not fmt.is_number(value.get("value")):
+        return fmt.MISSING
+    return f"{fmt.minus(format(value['value'], '.3f'))} ({fmt.interval(value.get('low'), value.get('high'), _three)})"
+
+
+def _three(value: float) -> str:
+    return fmt.minus(f"{value:.3f}")
+
+
+def prediction(facts: Facts, figures: Figures) -> Html:
+    frontier, held_out, production = facts["frontier"], facts["held_out"], facts["production"]
+    body: list[Html] = [lead(facts["prediction"]["text"])]
+    body.append(
+        figures.show(
+            "frontier",
+            "Best loss at each compute and its extrapolation. Diamonds are the budgets' minima; the band is the calibrated 90% "
+            "interval; a dashed line shows what the surface says, the spread between the two being the doubt about the form.",
+        )
+    )
+    if held_out.get("missing"):
+        body += [tag("h3", "Against runs held out"), missing(held_out["missing"])]
+    else:
+        body += [tag("h3", "Against runs held out"), lead(held_out["text"])]
+        body.append(
+            figures.show(
+                "errors",
+                "How far each prediction missed: the higher budget was hidden, predicted from the lower ones, then compared.",
+            )
+        )
+    body.append(tag("h3", "Against the production run"))
+    body.append(missing(production["missing"]) if production.get("missing") else production_table(production, facts["loss_name"]))
+    if frontier.get("missing"):
+        body.insert(1, missing(frontier["missing"]))
+    return section("prediction", "Predicted and measured", join(body), facts["prediction"].get("verdict"))
+
+
+def production_table(production: Facts, loss_name: str) -> Html:
+    rows = [
+        ["Run", f"{production.get('name', '')} {production.get('run_id', '')}".strip() or fmt.MISSING],
+        ["Size", f"N {fmt.count(production.get('N'))}, D {fmt.count(production.get('D'))}, C {fmt.flops(production.get('C'))}"],
+        [
+            f"Predicted {loss_name}" + (f", written {production['predicted_at']}" if production.get("predicted_at") else ""),
+            f"{fmt.loss(production.get('predicted'))} ({fmt.interval(production.get('low'), production.get('high'), fmt.loss)})",
+        ],
+        [f"Measured {loss_name}", fmt.loss(production.get("measured")) if production.get("measured") is not None else "not yet"],
+    ]
+    if fmt.is_number(production.get("error")):
+        where = "inside the interval" if production["inside"] else "outside the interval"
+        rows.append(["Measured − predicted", f"{fmt.percent(production['error'], 2, True)}, {where}"])
+    if fmt.is_number(production.get("seconds")):
+        rows.append(["Training time", fmt.duration(production["seconds"])])
+    return join([lead(production["text"]), table(["Production", ""], rows)])

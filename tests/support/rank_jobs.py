@@ -1,0 +1,98 @@
+"""What each process of a multi-rank test does: python rank_jobs.py SHARDS OUT, with torchrun's variables set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat_model.callbacks import Callback, StepInfo, StopTraining
+from nanochat_model.config import TrainConfig
+from nanochat_model.distributed import on_main, process_group
+from nanochat_model.errors import ConfigError
+from nanochat_model.identity import from_dict
+from nanochat_model.loader import Loader
+from nanochat_model.loop import Stepper
+from nanochat_model.train import pretrain
+from tiny_run import RUNTIME
+
+
+class Losses(Callback):
+    def __init__(self, stop_at: int = -1) -> None:
+        self.losses: list[float] = []
+        self.skipped = 0
+        self.stop_at = stop_at
+
+    def on_step(self, info: StepInfo) -> None:
+        self.losses.append(info.train_loss)
+        self.skipped = info.skipped_steps
+        if info.step == self.stop_at:
+            raise StopTraining("this rank has had enough")
+
+
+def train(config: TrainConfig, run_dir: Path, *, stop_at: int = -1, **runtime: Any) -> dict[str, Any]:
+    losses = Losses(stop_at)
+    record = pretrain(config, dataclasses.replace(RUNTIME, **runtime), run_dir=run_dir, callbacks=[losses])
+    return {"losses": losses.losses, "val_bpb": record.val_bpb, "status": record.status, "skipped": losses.skipped,
+            "error": record.error, "num_tokens": record.num_tokens, "num_devices": record.num_devices}  # fmt: skip
+
+
+def poisoned(config: TrainConfig, run_dir: Path, rank: int, last_rank: int, lasting: bool) -> dict[str, Any]:
+    """A non-finite loss on one rank only, once or from then on."""
+    real, count = Stepper.forward_backward, [0]
+
+    def spoil(self: Stepper, batch: Any) -> torch.Tensor:
+        count[0] += 1
+        bad = rank == last_rank and (count[0] >= 4 if lasting else count[0] == 4)
+        if bad and lasting:
+            with torch.no_grad():
+                self.model.transformer["h"][1].mlp.c_fc.weight[0, 0] = math.nan
+        part = real(self, batch)
+        return part * math.nan if bad else part
+
+    Stepper.forward_backward = spoil  # type: ignore[method-assign]
+    try:
+        return train(config, run_dir)
+    finally:
+        Stepper.forward_backward = real  # type: ignore[method-assign]
+
+
+def main(config_file: str, out: str) -> None:
+    folder = Path(out)
+    config = from_dict(TrainConfig, json.loads(Path(config_file).read_text()))
+    torch.set_num_threads(1)
+    with process_group("cpu") as ranks:
+        last = ranks.world_size - 1
+        tokens: list[list[list[int]]] = []
+        real = Loader.batch
+
+        def spy(self: Loader, k: int, rank: int = 0, world_size: int = 1) -> Any:
+            inputs, targets = real(self, k, rank, world_size)
+            tokens.append(inputs.tolist())
+            return inputs, targets
+
+        Loader.batch = spy  # type: ignore[method-assign]
+        results: dict[str, Any] = {"whole": train(config, folder / "whole", checkpoint_every_steps=6, diagnostics_every_steps=5)}
+        results["tokens"] = tokens[: config.num_steps]
+        results["resumed"] = train(config, folder / "resumed")  # from a checkpoint that another world size left there
+        results["skip"] = poisoned(config, folder / "skip", ranks.rank, last, lasting=False)
+        results["lasting"] = poisoned(dataclasses.replace(config, num_steps=30), folder / "lasting", ranks.rank, last, lasting=True)
+        results["stopped"] = train(config, folder / "stopped", stop_at=5 if ranks.rank == last else -1)
+        try:
+            train(dataclasses.replace(config, batch_tokens=config.model.sequence_len), folder / "small")
+        except ConfigError as e:
+            results["too_few_rows"] = str(e)
+        try:
+            on_main(lambda: 1 // 0)
+        except ZeroDivisionError:
+            results["error_everywhere"] = True
+        (folder / f"rank{ranks.rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
