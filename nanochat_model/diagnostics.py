@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nanochat_model import gpt
 from nanochat_model.loop import Batch, Multipliers, StepOutcome, Stepper
+from nanochat_model.ops import rms_norm, rotate
 
 MAX_ROWS = 2  # rows of the forward pass that looks at activations; logits (H, T, T) are made one row and layer at a time
 # Healthy update-to-weight ratios are near 1e-3 a step (the common rule of thumb, e.g. Karpathy's "makemore" lectures).
@@ -99,9 +100,10 @@ def _unit_hook(metrics: dict[str, float], layer: int) -> Any:
 
 def _logit_hook(metrics: dict[str, float], layer: int) -> Any:
     def hook(module: Any, args: tuple) -> None:
-        x, _, cos, sin = args[:4]
+        x = args[0]
+        cos, sin = (t.view(t.shape[0], 1, -1) for t in args[2:4])
         q, k = (p(x).unflatten(-1, (-1, module.head_dim)) for p in (module.c_q, module.c_k))  # (B, T, H or K, D)
-        q, k = (gpt.QK_SCALE * gpt.rms_norm(gpt.rotate(y, cos, sin)) for y in (q, k))
+        q, k = (gpt.QK_SCALE * rms_norm(rotate(y, cos, sin)) for y in (q, k))
         metrics[f"attention_logit_max/{layer}"] = max(attention_logit_max(q[b], k[b], module.window) for b in range(len(q)))
 
     return hook

@@ -123,6 +123,15 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def first_text(text: str) -> tuple[str, int]:
+    """The first rank's `text` that is not empty, and that rank; ("", -1) if there is none. The same on every rank."""
+    texts = [text]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        texts = [""] * dist.get_world_size()
+        dist.all_gather_object(texts, text)
+    return next(((t, i) for i, t in enumerate(texts) if t), ("", -1))
+
+
 def on_main(function: Callable[[], T]) -> T:
     """The result of `function`, which runs on rank 0 only. An error it raises is raised on every rank, so that none waits."""
     outcome: tuple[T | None, Exception | None] = (None, None)

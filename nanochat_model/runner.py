@@ -6,12 +6,10 @@ import math
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 from nanochat_model import diagnostics
 from nanochat_model.callbacks import Callbacks
 from nanochat_model.checkpoint import CHECKPOINTS_DIR, CheckpointState, capture_rng, save_checkpoint, step_dir
-from nanochat_model.distributed import all_max, barrier, broadcast
+from nanochat_model.distributed import all_max, barrier, broadcast, first_text
 from nanochat_model.evaluate import evaluate_bpb
 from nanochat_model.identity import run_id
 from nanochat_model.loop import FrozenGarbage, Multipliers, frozen_garbage
@@ -83,21 +81,13 @@ class Runner:
         if p.bad_streak == 1:
             p.clock.stop()
             p.bad_since = p.step
-            p.bad_where = self._agree_text(diagnostics.locate_non_finite(self.session.stepper, self.session.batch(at)))
+            where, rank = first_text(diagnostics.locate_non_finite(self.session.stepper, self.session.batch(at)))
+            p.bad_where = f"{where} (rank {rank})" if where else "no layer: it did not happen again when repeated"
         if p.bad_streak >= GIVE_UP_STEPS:
             raise TrainingFailed(
                 f"loss or gradient not finite for {p.bad_streak} steps in a row, since step {p.bad_since}; it began in "
                 f"{p.bad_where}. Lower the learning rates, or use compute_dtype float32 to see whether precision is the cause"
             )
-
-    def _agree_text(self, text: str) -> str:
-        """The first rank's text that is not empty, on every rank."""
-        if self.ranks.world_size == 1:
-            return text or "no layer: it did not happen again when repeated"
-        texts: list[str] = [""] * self.ranks.world_size
-        dist.all_gather_object(texts, text)
-        found = [f"{t} (rank {i})" for i, t in enumerate(texts) if t]
-        return found[0] if found else "no layer: it did not happen again when repeated"
 
     def _pauses(self, multipliers: Multipliers, metrics: dict[str, float]) -> bool:
         """Reports, evaluation and checkpoints that are due after this step. Returns whether to stop."""
@@ -133,7 +123,7 @@ class Runner:
         mine = self.callbacks.stop_reason
         if not all_max([float(mine is not None)])[0]:
             return False
-        self.callbacks.stop_reason = mine or "stopped by another rank's callback"
+        self.callbacks.stop_reason, _ = first_text(mine or "")
         return True
 
     def _evaluate_if(self, due: bool) -> None:

@@ -1,0 +1,140 @@
+"""1, 2 and 3 processes train one model. 3 divides neither the 8 rows nor the matrices evenly, on purpose."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanochat_model import distributed
+from nanochat_model.errors import ConfigError
+from nanochat_model.train import pretrain
+from tiny_run import RUNTIME, tiny_config, tiny_shards
+
+SUPPORT = Path(__file__).parents[1] / "support"
+# The scalars are held still: at initialization every layer's output is parallel to the embedding, so their first gradients are
+# rounding alone, and AdamW (eps 1e-10) makes full steps of the signs; losses then agree to 1e-3 only, whatever adds them up.
+STILL = {"optimizer__scalar_lr": 1e-9, "optimizer__smear_lr": 1e-9}
+
+
+def start_ranks(world_size: int, folder: Path, config: Any) -> list[dict[str, Any]]:
+    """Run rank_jobs.py in `world_size` processes; what each of them wrote."""
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port()),
+              "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SUPPORT}:{SUPPORT.parents[1]}"}  # fmt: skip
+    command = [sys.executable, str(SUPPORT / "rank_jobs.py"), str(folder / "config.json"), str(folder)]
+    processes = [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE)
+        for r in range(world_size)
+    ]
+    try:
+        for p in processes:
+            _, errors = p.communicate(timeout=240)
+            assert p.returncode == 0, errors.decode()[-3000:]
+    finally:
+        for p in processes:
+            p.kill()
+    return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(world_size)]
+
+
+@lru_cache
+def alone() -> dict[str, Any]:
+    import tempfile
+
+    from rank_jobs import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        return train(tiny_config(**STILL), Path(folder) / "run")
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Results of every rank; `resumed` starts from a checkpoint of step 6 that one process wrote."""
+    folder = tmp_path_factory.mktemp(f"world{request.param}")
+    from rank_jobs import Losses
+
+    class Crash(Losses):
+        def on_step(self, info) -> None:
+            if info.step == 8:
+                raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        saving = dataclasses.replace(RUNTIME, checkpoint_every_steps=6)
+        pretrain(tiny_config(**STILL), saving, run_dir=folder / "resumed", callbacks=[Crash()])
+    return folder, start_ranks(request.param, folder, tiny_config(**STILL))
+
+
+def test_losses_agree_with_one_process(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for result in ranks[1]:
+        np.testing.assert_allclose(result["whole"]["losses"], alone()["losses"], rtol=2e-5)
+        assert result["whole"]["val_bpb"] == pytest.approx(alone()["val_bpb"], rel=2e-5)
+        assert result["whole"]["num_devices"] == len(ranks[1])
+
+
+def test_every_rank_is_told_the_same(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    first = {k: v for k, v in ranks[1][0].items() if k != "tokens"}
+    for result in ranks[1][1:]:
+        assert json.dumps({k: v for k, v in result.items() if k != "tokens"}) == json.dumps(first)
+
+
+def test_ranks_read_disjoint_rows_that_make_up_the_batch(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    from nanochat_model.loader import Loader
+
+    config = tiny_config()
+    loader = Loader(tiny_shards(), packing="keep_remainder", sequence_len=32, rows_per_batch=8, seed=config.seed)
+    for k in range(config.num_steps):
+        rows = [row for result in ranks[1] for row in result["tokens"][k]]
+        assert rows == loader.batch(k)[0].tolist()
+
+
+def test_resumes_on_another_number_of_ranks(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """A checkpoint of one process goes on in several, and one of several in one process."""
+    folder, results = ranks
+    np.testing.assert_allclose(results[0]["resumed"]["losses"], alone()["losses"][6:], rtol=2e-5)
+    (folder / "whole" / "record.json").unlink()
+    last = folder / "whole" / "checkpoints" / "step_000012"
+    last.rename(last.with_name("set-aside"))
+    from rank_jobs import train
+
+    back = train(tiny_config(**STILL), folder / "whole")
+    np.testing.assert_allclose(back["losses"], alone()["losses"][6:], rtol=2e-5)
+
+
+def test_all_ranks_skip_a_step_that_is_bad_on_one(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for result in ranks[1]:
+        assert result["skip"]["skipped"] == 1 and result["skip"]["status"] == "complete"
+        assert np.isnan(result["skip"]["losses"][3]) and np.isfinite(result["skip"]["losses"][4:]).all()
+
+
+def test_lasting_trouble_on_one_rank_fails_all_and_is_located(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for result in ranks[1]:
+        assert result["lasting"]["status"] == "failed" and "since step 4" in result["lasting"]["error"]
+        assert f"transformer.h.1.mlp.c_fc.weight (rank {len(ranks[1]) - 1})" in result["lasting"]["error"]
+
+
+def test_a_stop_on_one_rank_stops_all_at_the_same_step(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for result in ranks[1]:
+        assert result["stopped"]["status"] == "stopped" and len(result["stopped"]["losses"]) == 5
+
+
+def test_errors_reach_every_rank(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for result in ranks[1]:
+        assert "fewer than the" in result["too_few_rows"] and result["error_everywhere"]
+
+
+def test_several_processes_without_a_group_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="no process group joins them"):
+        pretrain(tiny_config(), RUNTIME, run_dir=tmp_path)
+    with pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT is not"), distributed.process_group("cpu"):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        distributed.current_ranks()
+    assert not list(tmp_path.iterdir())
