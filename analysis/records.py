@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,15 +113,12 @@ def _comparable_hash(config: Mapping[str, Any]) -> str:
 
 
 def _variant(config: Mapping[str, Any]) -> str:
-    """What a run is besides size, horizon, batch, overall learning rate, matrix weight decay and seed: its recipe."""
+    """What a run is besides size, horizon, batch, learning rates, matrix weight decay and seed: its recipe."""
     out = _without(config, "seed", "batch_tokens", "num_steps", "trunk", "compute_dtype", "fp8")
-    model, optimizer = out["model"], out["optimizer"]
     for key in ("depth", "model_dim", "num_heads", "num_kv_heads"):
-        model.pop(key, None)
-    base = optimizer["matrix_lr"]
-    optimizer.pop("weight_decay", None)
-    for key in LEARNING_RATES:
-        optimizer[key] = float(f"{optimizer[key] / base:.4g}") if math.isfinite(base) and base else None
+        out["model"].pop(key, None)
+    for key in (*LEARNING_RATES, "weight_decay"):
+        out["optimizer"].pop(key, None)
     if isinstance(out.get("schedule"), dict):
         out["schedule"].pop("warmup_steps", None)  # scaled with the length of tiny runs
     return _hash(out)
