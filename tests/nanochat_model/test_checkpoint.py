@@ -66,9 +66,7 @@ def flip(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json", "checksums.json"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json", "checksums.json"])
 def test_damage_is_found_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage, name: str) -> None:
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
     damage(bad / name)

@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_run import SEQUENCE_LEN, tiny_config, tiny_shards
 
 from nanochat_model import evaluate
 from nanochat_model.evaluate import evaluate_bpb, evaluate_loss
 from nanochat_model.gpt import GPT
 from nanochat_model.loader import Loader
-from tiny_run import SEQUENCE_LEN, tiny_config, tiny_shards
 
 
 @pytest.fixture(scope="module")

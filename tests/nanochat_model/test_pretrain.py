@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_run import RUNTIME, SEQUENCE_LEN, tiny_config, tiny_shards
 
 from nanochat_model import train
 from nanochat_model.callbacks import Callback, StepInfo, StopTraining
@@ -19,7 +20,6 @@ from nanochat_model.gpt import GPT
 from nanochat_model.loader import Loader
 from nanochat_model.record import CurvePoint, RunRecord
 from nanochat_model.train import pretrain
-from tiny_run import RUNTIME, SEQUENCE_LEN, tiny_config, tiny_shards
 
 
 class Trace(Callback):

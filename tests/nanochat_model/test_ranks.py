@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_run import RUNTIME, tiny_config, tiny_shards
 
 from nanochat_model import distributed
 from nanochat_model.errors import ConfigError
 from nanochat_model.train import pretrain
-from tiny_run import RUNTIME, tiny_config, tiny_shards
 
 SUPPORT = Path(__file__).parents[1] / "support"
 # The scalars are held still: at initialization every layer's output is parallel to the embedding, so their first gradients are

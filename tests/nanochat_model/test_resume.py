@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_run import RUNTIME, tiny_config
 
 from nanochat_model.callbacks import Callback, StepInfo
 from nanochat_model.checkpoint import CHECKPOINTS_DIR, checkpoint_hash, read_model_state, step_dir
@@ -16,7 +17,6 @@ from nanochat_model.loader import Loader
 from nanochat_model.record import RunRecord
 from nanochat_model.resume import schedules_agree
 from nanochat_model.train import decay_config, decay_from, pretrain, rewind
-from tiny_run import RUNTIME, tiny_config
 
 SAVING = dataclasses.replace(RUNTIME, checkpoint_every_steps=3)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_run import RUNTIME
 
 from nanochat_model.callbacks import Callback, StepInfo, StopTraining
 from nanochat_model.config import TrainConfig
@@ -19,7 +20,6 @@ from nanochat_model.identity import from_dict
 from nanochat_model.loader import Loader
 from nanochat_model.loop import Stepper
 from nanochat_model.train import pretrain
-from tiny_run import RUNTIME
 
 
 class Losses(Callback):
