@@ -4,7 +4,7 @@ Documents begin with BOS. A row holds T + 1 tokens: T inputs and, shifted by one
 
 - best_fit: every row begins with a document. From a buffer of 1000 documents the longest that still fits is put in, again and
   again; when none fits, the shortest is cut to fill the row and the rest of it is dropped (nanochat dataloader.py). Nothing is
-  padded. With documents longer than a row most tokens are dropped.
+  padded, and the rows are shuffled. With documents longer than a row most tokens are dropped.
 - keep_remainder: the documents, shuffled, form one ring of tokens that is cut every T tokens; a row is such a cut and the
   token after it, and the rows are shuffled again. A document that is cut goes on in another row, which then begins without
   BOS. Every token is a target once an epoch (up to T of them twice, where the ring closes).
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanochat_model.identity import canonical_json
+from nanochat_model.spans import spans_index
 
 BUFFER_DOCS = 1000  # nanochat dataloader.py
 PAD_BUFFER_DOCS = 100  # nanochat chat_sft.py
@@ -85,25 +86,26 @@ def keep_remainder(lengths: np.ndarray, row_tokens: int, *key: object, ring: boo
 
 def best_fit(lengths: np.ndarray, row_tokens: int, *key: object, buffer_docs: int = BUFFER_DOCS) -> RowPlan:
     """Plan of documents of `lengths` in rows of `row_tokens` + 1, none padded; the last, incomplete row is dropped."""
-    order = permutation(len(lengths), *key, "documents")
-    row_ptr, docs, sizes = _pack(lengths[order].tolist(), row_tokens + 1, buffer_docs, crop=True)
-    return _whole_documents(order, row_ptr, docs, sizes)
+    return _packed(lengths, row_tokens, key, buffer_docs, crop=True)
 
 
 def best_fit_padded(lengths: np.ndarray, row_tokens: int, *key: object, buffer_docs: int = PAD_BUFFER_DOCS) -> RowPlan:
     """As `best_fit`, but a row that nothing fits into stays short and nothing is cut or dropped. No length may be over
     `row_tokens` + 1."""
     assert len(lengths) == 0 or int(lengths.max()) <= row_tokens + 1
+    return _packed(lengths, row_tokens, key, buffer_docs, crop=False)
+
+
+def _packed(lengths: np.ndarray, row_tokens: int, key: tuple[object, ...], buffer_docs: int, *, crop: bool) -> RowPlan:
+    """Documents shuffled, packed, and the rows shuffled again: the packer takes long documents first, and of documents fewer
+    than its buffer holds it makes the same rows in the same order however they were shuffled."""
     order = permutation(len(lengths), *key, "documents")
-    row_ptr, docs, sizes = _pack(lengths[order].tolist(), row_tokens + 1, buffer_docs, crop=False)
-    return _whole_documents(order, row_ptr, docs, sizes)
-
-
-def _whole_documents(order: np.ndarray, row_ptr: list[int], docs: list[int], sizes: list[int]) -> RowPlan:
-    numbers = np.array(docs, np.int64)
-    return RowPlan(
-        row_ptr=np.array(row_ptr, np.int64), doc=order[numbers], begin=np.zeros_like(numbers), length=np.array(sizes, np.int64)
-    )
+    row_ptr, docs, sizes = (np.array(a, np.int64) for a in _pack(lengths[order].tolist(), row_tokens + 1, buffer_docs, crop=crop))
+    rows = permutation(len(row_ptr) - 1, *key, "rows")
+    counts = np.diff(row_ptr)[rows]
+    spans = spans_index(row_ptr[rows], counts)
+    doc = order[docs[spans]]
+    return RowPlan(row_ptr=np.concatenate([[0], np.cumsum(counts)]), doc=doc, begin=np.zeros_like(doc), length=sizes[spans])
 
 
 def _pack(lengths: Sequence[int], capacity: int, buffer_docs: int, *, crop: bool) -> tuple[list[int], list[int], list[int]]:

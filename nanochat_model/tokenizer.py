@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import content_hash, write_atomic
+from nanochat_model.spans import spans_index
 from nanochat_model.word_split import SPLIT_PATTERN, split_words
 
 BOS = "<|bos|>"
@@ -230,13 +231,6 @@ class _Growing:
 
     def clear(self) -> None:
         self._length = 0
-
-
-def spans_index(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Positions start, start+1, … start+length-1 of every span, one span after another (int64)."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
