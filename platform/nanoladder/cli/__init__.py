@@ -29,7 +29,7 @@ COMMANDS: dict[str, Command] = {
     "fit": Command("laws", "Fit", "laws from run records or any table of runs"),
     "report": Command("laws", "Report", "laws and runs as one HTML page"),
     "plan": Command("plan", "Plan", "what a run takes and what loss it should reach; solves backwards too"),
-    "launch": Command("launch", "Launch", "the planned run on Ray Train, then prediction against result"),
+    "launch": Command("plan", "Launch", "the planned run on Ray Train, then prediction against result"),
     "sft": Command("talk", "Sft", "fine-tune a checkpoint on conversations"),
     "eval": Command("talk", "Eval", "validation bpb and CORE of a checkpoint"),
     "chat": Command("talk", "Chat", "talk to a checkpoint in the terminal"),

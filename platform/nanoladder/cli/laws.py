@@ -101,7 +101,7 @@ class Fit:
         from nanoladder.law_table import rows_of
 
         table = self.data.read()
-        laws = fit_laws(table, target=self.target_flops, n_boot=self.n_boot, seed=self.seed)
+        laws = fit_laws(table, target_flops=self.target_flops, n_boot=self.n_boot, seed=self.seed)
         out = Path(self.out) if self.out else (Workspace(self.data.storage).laws_path if self.data.storage else None)
         if out is not None:
             laws.save(out)

@@ -1,0 +1,170 @@
+"""The command line: quick to start, strict with what it is given, one line and status 2 for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat_model.config import TrainConfig
+from nanochat_model.counts import count_params
+from nanochat_model.identity import run_id
+from nanochat_model.record import RunRecord
+from nanoladder.cli import COMMANDS, run
+from nanoladder.cli.common import human, parse_overrides
+
+
+def call(*args: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from nanoladder.cli import main; main()", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def make_record(seed: int = 0) -> RunRecord:
+    config = TrainConfig(seed=seed)
+    return RunRecord(
+        run_id=run_id(config),
+        status="complete",
+        sweep="s",
+        config=config,
+        seed=seed,
+        params=count_params(config.model).as_dict(),
+        num_tokens=config.num_tokens,
+        flops_per_token=1,
+        train_flops=1e18,
+        val_bpb=0.9 + seed / 100,
+    )
+
+
+def test_help_lists_every_command_and_is_quick(capsys) -> None:
+    assert run(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+    best = min(timed("--help") for _ in range(3))
+    assert best < 0.5, f"{best:.2f} s"
+
+
+def timed(*args: str) -> float:
+    """Processor seconds of a command: what loaded machines do not change much."""
+    before = os.times()
+    assert call(*args).returncode == 0
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def test_count_is_quick() -> None:
+    assert min(timed("count", "--depth", "24", "--json") for _ in range(3)) < 0.8
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str, capsys) -> None:
+    with pytest.raises(SystemExit) as leave:
+        sys.exit(run([name, "--help"]))
+    assert leave.value.code == 0
+    text = capsys.readouterr().out
+    assert f"nanoladder {name}" in text
+    assert "Example" in text
+
+
+def test_count_json(capsys) -> None:
+    assert run(["count", "--depth", "24", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["total"] == 1_384_122_122
+    assert facts["transformer_matrices"] == 679_478_976
+    assert facts["scaling"] == 729_810_624
+    assert run(["count", "--depth", "12", "--vocab-size", "65536", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["older_total"] == 185_597_952
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["cout"], "unknown command 'cout'; did you mean 'count'?"),
+        (["count", "--depth", "0"], "depth 0 must be at least 1"),
+        (["plan", "--depth", "12", "--set", "optimizer.matrx_lr=1"], "did you mean 'optimizer.matrix_lr'?"),
+        (["plan", "--depth", "12", "--set", "batch_tokens"], "override 'batch_tokens' is not of the form key=value"),
+        (["plan", "--depth", "12", "--set", "batch_tokens=500000"], "not a multiple of sequence_len 2048; nearest: 499712"),
+        (["plan", "--depth", "12", "--num-devices", "3"], "does not divide over 3 devices"),
+        (["plan", "--depth", "12", "--device", "tpu", "--mfu", "0.4"], "needs a known peak"),
+        (["plan", "--depth", "12", "--budget-hours", "4"], "both fix the size"),
+        (["plan"], "0 goals are given (none); give exactly one of --flops"),
+        (["plan", "--target-bpb", "0.7"], "needs fitted laws"),
+        (["plan", "--depth", "12", "--without-law", "gravity"], "law 'gravity' is unknown"),
+        (["plan", "--depth", "12", "--laws", "/nowhere/laws.json"], "/nowhere/laws.json"),
+        (["tokenizer", "--storage", "/nowhere", "text"], "/nowhere/tokenizer"),
+        (["train", "--storage", "/nowhere"], "no token shards at /nowhere/shards"),
+        (["data", "--source", "/nowhere", "--storage", "/nowhere/s"], "/nowhere"),
+        (["fit", "/nowhere.csv"], "no table or folder at /nowhere.csv"),
+        (["fit", "--storage", "/nowhere"], "no run records under /nowhere/runs"),
+        (["fit"], "no runs were named"),
+        (["sweep", "/nowhere.py"], "/nowhere.py"),
+        (["chat", "--checkpoint", "/nowhere"], "/nowhere"),
+        (["import-nanochat", "/nowhere", "--out", "/nowhere/out"], "/nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(args: list[str], message: str, capsys) -> None:
+    assert run(args) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("nanoladder: error: ") and err.count("\n") == 1, err
+    assert message in err
+    assert not out.strip() or args[0] == "data"
+
+
+def test_unknown_option_exits_2() -> None:
+    done = call("count", "--depth", "4", "--vocab", "12")
+    assert done.returncode == 2
+    assert "--vocab" in done.stderr
+
+
+def test_overrides_are_strict() -> None:
+    assert parse_overrides(["a.b=1", "c=x=y"]) == {"a.b": "1", "c": "x=y"}
+    with pytest.raises(ValueError, match="given twice"):
+        parse_overrides(["a=1", "a=2"])
+
+
+def test_runs_lists_records_and_names_broken_ones(tmp_path: Path, capsys) -> None:
+    for seed in (1, 0):
+        record = make_record(seed)
+        record.save(tmp_path / "runs" / record.run_id)
+    torn = tmp_path / "runs" / "torn" / "record.json"
+    torn.parent.mkdir()
+    torn.write_text('{"schema_version": 1, "run_id"')
+    assert run(["runs", "--storage", str(tmp_path), "--json"]) == 1
+    out, err = capsys.readouterr()
+    facts = json.loads(out)
+    assert [r["val_bpb"] for r in facts["runs"]] == [0.9, 0.91]
+    assert len(facts["broken"]) == 1 and "torn/record.json: not valid JSON" in err
+    assert torn.read_text() == '{"schema_version": 1, "run_id"', "a broken record is left as it is"
+    assert run(["runs", "--storage", str(tmp_path), "--limit", "1"]) == 1
+    assert "0.9000" in capsys.readouterr().out
+    assert run(["runs", "--storage", str(tmp_path), "--sort", "bpb"]) == 2
+
+
+def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys) -> None:
+    from nanoladder.cli import count
+
+    def interrupt(self) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(count.Count, "run", interrupt)
+    assert run(["count", "--depth", "4"]) == 130
+    assert capsys.readouterr().err == "\nnanoladder count: interrupted; run it again to go on\n"
+
+
+def test_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -c 'from nanoladder.cli import main; main()' plan --depth 12 --json | head -n 1"
+    started = time.monotonic()
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "{" and done.stderr == "", done.stderr
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1234567, "1.23M"), (729_810_624, "730M"), (0.0123, "0.0123"), (None, "–"), (1.6e16, "1.6e+16")]
+)
+def test_human_numbers(value, text: str) -> None:
+    assert human(value) == text
