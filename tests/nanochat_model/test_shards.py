@@ -84,7 +84,8 @@ def test_workers_do_not_change_the_result(tmp_path: Path) -> None:
 
 def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = small_shards(tmp_path, shard_bytes=15_000)
-    tokenizer, tokenized = whole.tokenizer, []
+    tokenizer = whole.tokenizer
+    tokenized: list[object] = []
     original = shards_module._tokenize
 
     def until(limit: int):

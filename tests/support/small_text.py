@@ -7,8 +7,9 @@ import json
 import random
 import textwrap
 from pathlib import Path
+from typing import Any
 
-from nanochat_model.corpus import build_corpus, iter_texts
+from nanochat_model.corpus import build_corpus, iter_texts, open_corpus
 from nanochat_model.shards import ShardSet, build_shards
 from nanochat_model.tokenizer import Tokenizer
 
@@ -42,12 +43,10 @@ def small_corpus(folder: Path, count: int = 120, *, val_fraction: float = 0.2) -
 
 def small_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     """A tokenizer trained on the corpus in `folder`/corpus."""
-    from nanochat_model.corpus import open_corpus
-
     return Tokenizer.train(iter_texts(open_corpus(folder / "corpus")), vocab_size)
 
 
-def small_shards(folder: Path, count: int = 120, **options: int) -> ShardSet:
+def small_shards(folder: Path, count: int = 120, **options: Any) -> ShardSet:
     """Corpus, tokenizer and shards below `folder`; options as of build_shards."""
     corpus = small_corpus(folder, count)
     return build_shards(corpus, small_tokenizer(folder), folder / "shards", **options)
