@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CHECKPOINTS_DIR = "checkpoints"
+TOKENIZER_DIR = "tokenizer"
+TOKENIZER_FILE, META_FILE = "tokenizer.json", "tokenizer_meta.json"  # as tokenizer.py writes them
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.json"
 CHECKSUMS_FILE = "checksums.json"
@@ -243,6 +245,34 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu", dtype: torch.d
     model = GPT(read_state(path).model, compute_dtype=dtype or torch.float32)
     load_weights(model, path)
     return model.to(device).eval()
+
+
+def copy_tokenizer(source: Path, run_dir: Path) -> None:
+    """Put the tokenizer that lies in `source` into the run's folder once, so that a run can be moved and talked to."""
+    target = run_dir / TOKENIZER_DIR
+    if not target.is_dir() and (source / TOKENIZER_FILE).is_file():
+        partial = run_dir / f".{TOKENIZER_DIR}-{os.getpid()}"
+        partial.mkdir(parents=True, exist_ok=True)
+        for name in (TOKENIZER_FILE, META_FILE):
+            shutil.copyfile(source / name, partial / name)
+        os.replace(partial, target)
+
+
+def tokenizer_dir(path: str | os.PathLike[str]) -> Path:
+    """Folder of the tokenizer that belongs to a checkpoint: in it, in its run's folder, or beside the shards it was trained on.
+
+    `path` is what `resolve` takes. Raises CheckpointError when none of them has one.
+    """
+    path = resolve(path)
+    config = read_state(path).config
+    folders = [f / name for f in (path, path.parent, path.parent.parent) for name in (TOKENIZER_DIR, ".")]
+    folders += [Path(config.data.path)] if config is not None and config.data.path else []
+    for folder in folders:
+        if (folder / TOKENIZER_FILE).is_file():
+            return folder
+    raise CheckpointError(
+        f"{path}: no tokenizer in it, in its run or in its shards; copy tokenizer.json and its meta file beside it"
+    )
 
 
 def load_weights(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:

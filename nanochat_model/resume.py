@@ -126,11 +126,10 @@ def trunk_start(config: TrainConfig, path: Path) -> Start:
     return Start(path=path, state=state, is_trunk=True)
 
 
-def parent_hashes(config: TrainConfig, start: Start | None, corpus_hash: str) -> dict[str, str]:
-    """Content hashes of what a run is made from."""
-    parents = {"shards": config.data.manifest_hash, "tokenizer": config.data.tokenizer_hash, "corpus": corpus_hash}
-    if start is not None:
-        parents |= {k: v for k, v in start.state.parents.items() if k == "trunk"}
-    if start is not None and start.is_trunk:
-        parents["trunk"] = checkpoint_hash(start.path)
-    return parents
+def parent_hashes(parents: dict[str, str], start: Start | None) -> dict[str, str]:
+    """Content hashes of what a run is made from: its data, and the trunk it branched off, now or before an interruption."""
+    if start is None:
+        return parents
+    if start.is_trunk:
+        return parents | {"trunk": checkpoint_hash(start.path)}
+    return parents | {k: v for k, v in start.state.parents.items() if k == "trunk"}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any, Literal
 
 from nanochat_model import diagnostics
 from nanochat_model.callbacks import Callbacks
-from nanochat_model.checkpoint import CHECKPOINTS_DIR, CheckpointState, capture_rng, save_checkpoint, step_dir
+from nanochat_model.checkpoint import CHECKPOINTS_DIR, CheckpointState, capture_rng, copy_tokenizer, save_checkpoint, step_dir
 from nanochat_model.distributed import all_max, barrier, broadcast, first_text
 from nanochat_model.evaluate import evaluate_bpb
 from nanochat_model.identity import run_id
@@ -27,7 +28,15 @@ class Runner:
     """Drives one session from `progress.step` to the end. All ranks run it in lockstep."""
 
     def __init__(
-        self, session: Session, progress: Progress, callbacks: Callbacks, *, run_dir: Path, parents: dict[str, str]
+        self,
+        session: Session,
+        progress: Progress,
+        callbacks: Callbacks,
+        *,
+        run_dir: Path,
+        parents: dict[str, str],
+        kind: Literal["base", "sft"] = "base",
+        extra: dict[str, Any] | None = None,
     ) -> None:
         self.session = session
         self.config = session.config
@@ -37,6 +46,8 @@ class Runner:
         self.callbacks = callbacks
         self.run_dir = run_dir
         self.parents = parents
+        self.kind: Literal["base", "sft"] = kind
+        self.extra = extra or {}  # what state.json keeps beyond pretraining's fields
         self._saved_step = progress.step  # of the newest checkpoint: the one resumed from, or none worth writing at 0
         self._saved_at = time.monotonic()
 
@@ -159,6 +170,7 @@ class Runner:
         optimizer_state = self.session.optimizer.consolidated_state(dst=0)  # every rank takes part
         if self.ranks.is_main:
             state = CheckpointState(
+                kind=self.kind,
                 step=p.step,
                 model=self.config.model,
                 config=self.config,
@@ -168,7 +180,9 @@ class Runner:
                 curve=tuple(p.curve),
                 seconds=p.clock.seconds,
                 loop=p.as_loop_state() | self.session.stepper.loss_scale.as_dict(),
+                extra=self.extra,
             )
+            copy_tokenizer(self.session.tokenizer_dir, self.run_dir)
             save_checkpoint(
                 self.run_dir / CHECKPOINTS_DIR,
                 state,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from nanochat_model.loader import Loader
 from nanochat_model.loop import Batch, LossScale, Stepper, even_micro_batch, split_rows
 from nanochat_model.optim import build_optimizer
 from nanochat_model.shard_set import ShardSet
+from nanochat_model.tokenizer import Tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -30,26 +33,59 @@ class Session:
     runtime: RuntimeConfig
     ranks: Ranks
     device: torch.device
-    shards: ShardSet
-    loader: Loader
-    validation: tuple[np.ndarray, np.ndarray]
-    token_bytes: np.ndarray
     model: Any
     optimizer: Any
     stepper: Stepper
+    batch: Callable[[int], Batch]  # this rank's rows of global batch k: a pure function of k
+    validation: tuple[np.ndarray, np.ndarray]  # the same rows on every rank
+    token_bytes: np.ndarray
+    tokenizer_dir: Path
+    parents: dict[str, str]  # content hashes of what the run is made from
 
-    def batch(self, step: int) -> Batch:
-        """This rank's rows of global batch `step`. Pretraining rows are full, so every target counts."""
-        inputs, targets = self.loader.batch(step, rank=self.ranks.rank, world_size=self.ranks.world_size)
-        return Batch(inputs=inputs, targets=targets, num_targets=self.config.batch_tokens)
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.tokenizer_dir)
 
-    def tokenizer(self) -> Any:
-        """The tokenizer that lies beside the shards."""
-        return self.shards.tokenizer
+    def close(self) -> None:
+        """End the thread that reads ahead, if there is one."""
+        if isinstance(self.batch, Prefetcher):
+            self.batch.close()
 
 
 def build_session(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks) -> Session:
-    """Build everything of one run. Raises ConfigError when config, shards and device do not fit together."""
+    """Build everything of one pretraining run. Raises ConfigError when config, shards and device do not fit together."""
+    shards = open_shards(config.data, config.model)
+    model, optimizer, stepper, device = build_stepper(config, runtime, ranks)
+    loader = Loader(
+        shards,
+        split="train",
+        packing=config.data.packing,
+        sequence_len=config.model.sequence_len,
+        rows_per_batch=config.rows_per_batch,
+        seed=config.seed,
+    )
+
+    def batch(k: int) -> Batch:
+        inputs, targets = loader.batch(k, rank=ranks.rank, world_size=ranks.world_size)
+        return Batch(inputs=inputs, targets=targets, num_targets=config.batch_tokens)  # rows are full: every target counts
+
+    return Session(
+        config=config,
+        runtime=runtime,
+        ranks=ranks,
+        device=device,
+        model=model,
+        optimizer=optimizer,
+        stepper=stepper,
+        batch=Prefetcher(batch, config.num_steps) if device.type == "cuda" else batch,
+        validation=loader.validation(config.eval.num_tokens),
+        token_bytes=np.asarray(shards.token_bytes),
+        tokenizer_dir=Path(config.data.path),
+        parents={"shards": shards.manifest_hash, "tokenizer": shards.tokenizer_hash, "corpus": shards.corpus_hash},
+    )
+
+
+def build_stepper(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks) -> tuple[GPT, Any, Stepper, torch.device]:
+    """Model (freshly initialized), optimizer and stepper on this rank's device. Raises ConfigError."""
     rows = config.rows_per_batch
     if rows < ranks.world_size:
         raise ConfigError(
@@ -58,16 +94,10 @@ def build_session(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks) -> 
         )
     device = devices.choose_device(runtime.device, ranks.local_rank)
     devices.tune_process(runtime.num_threads)
-    shards = open_shards(config.data, config.model)
-    loader = Loader(
-        shards,
-        split="train",
-        packing=config.data.packing,
-        sequence_len=config.model.sequence_len,
-        rows_per_batch=rows,
-        seed=config.seed,
-    )
-    model = build_model(config, runtime, device)
+    model = GPT(config.model, compute_dtype=DTYPES[config.compute_dtype], attention=runtime.attention, fp8=config.fp8)
+    model = model.init_weights(config.seed).to(device)
+    if devices.use_compile(runtime.compile, device, config):
+        compile_training(model)
     optimizer = build_optimizer(model, config.optimizer)
     stepper = Stepper(
         model,
@@ -77,34 +107,13 @@ def build_session(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks) -> 
         micro_batch_rows=choose_micro_batch_rows(config.model, runtime, split_rows(rows, ranks), device),
         loss_scale=LossScale.for_dtype(config.compute_dtype),
     )
-    return Session(
-        config=config,
-        runtime=runtime,
-        ranks=ranks,
-        device=device,
-        shards=shards,
-        loader=loader,
-        validation=loader.validation(config.eval.num_tokens),
-        token_bytes=np.asarray(shards.token_bytes),
-        model=model,
-        optimizer=optimizer,
-        stepper=stepper,
-    )
-
-
-def build_model(config: TrainConfig, runtime: RuntimeConfig, device: torch.device) -> GPT:
-    """Freshly initialized model of `config` on `device`, its training path compiled where that pays."""
-    model = GPT(config.model, compute_dtype=DTYPES[config.compute_dtype], attention=runtime.attention, fp8=config.fp8)
-    model = model.init_weights(config.seed).to(device)
-    if devices.use_compile(runtime.compile, device, config):
-        compile_training(model)
-    return model
+    return model, optimizer, stepper, device
 
 
 def open_shards(data: DataConfig, model: GPTConfig) -> ShardSet:
     """The shards at `data.path`, checked to be the ones the config names and to fit the model's vocabulary."""
     if not data.path:
-        raise ConfigError("data.path is empty; give the folder of token shards (nanoladder data, tokenizer and shards make one)")
+        raise ConfigError("data.path is empty; give the folder of token shards (`nanoladder data` makes one)")
     shards = ShardSet.open(Path(data.path))
     for name in ("manifest_hash", "tokenizer_hash"):
         expected, found = getattr(data, name), getattr(shards, name)
@@ -126,3 +135,25 @@ def choose_micro_batch_rows(model: GPTConfig, runtime: RuntimeConfig, rows: int,
     if runtime.micro_batch_rows < 0:
         raise ConfigError(f"runtime.micro_batch_rows {runtime.micro_batch_rows} must be 0 (chosen by the device) or more")
     return even_micro_batch(rows, runtime.micro_batch_rows or devices.default_micro_batch_rows(model, device))
+
+
+class Prefetcher:
+    """Gathers the next batch in a thread while the accelerator works on this one. Asked for k, it starts on k + 1."""
+
+    def __init__(self, batch: Callable[[int], Batch], num_steps: int) -> None:
+        self._batch = batch
+        self._num_steps = num_steps
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def __call__(self, k: int) -> Batch:
+        ready, self._next = self._next, None
+        # Whatever is asked for, only the pool's thread reads: the loader keeps plans that two threads must not make at once.
+        future = ready[1] if ready is not None and ready[0] == k else self._pool.submit(self._batch, k)
+        result = future.result()
+        if k + 1 < self._num_steps:
+            self._next = (k + 1, self._pool.submit(self._batch, k + 1))
+        return result
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)

@@ -88,11 +88,11 @@ def pretrain(
     if existing is not None:
         return existing
     session = build_session(config, runtime, ranks)
-    progress = _restore(session, start)
-    parents = parent_hashes(config, start, session.shards.corpus_hash)
+    progress = restore_progress(session, start)
+    parents = parent_hashes(session.parents, start)
     calls = Callbacks(callbacks)
     runner = Runner(session, progress, calls, run_dir=run_dir, parents=parents)
-    status, reason, error = _run(runner)
+    status, reason, error = run_to_end(runner)
     record = _make_record(session, progress, labels, status, reason, parents, started)
     if ranks.is_main:
         record.save(run_dir)
@@ -103,7 +103,7 @@ def pretrain(
     return record
 
 
-def _run(runner: Runner) -> tuple[Status, str | None, Exception | None]:
+def run_to_end(runner: Runner) -> tuple[Status, str | None, Exception | None]:
     """Status, reason, and the exception to raise once the record is written."""
     try:
         status, reason = runner.run(runner.progress.step)
@@ -112,6 +112,8 @@ def _run(runner: Runner) -> tuple[Status, str | None, Exception | None]:
         return "failed", str(e), None
     except Exception as e:
         return "failed", f"{type(e).__name__}: {e}", e
+    finally:
+        runner.session.close()
 
 
 def _prepare(
@@ -168,7 +170,7 @@ def _rename_aside(path: Path) -> None:
         path.rename(aside)
 
 
-def _restore(session: Session, start: Start | None) -> Progress:
+def restore_progress(session: Session, start: Start | None) -> Progress:
     """Fresh weights, or those of `start`, with optimizer, RNG, loss scale, clock and curve."""
     seconds = start.state.seconds if start else 0.0
     progress = Progress(
@@ -177,17 +179,21 @@ def _restore(session: Session, start: Start | None) -> Progress:
         num_devices=session.ranks.world_size,
         peak_flops=devices.peak_flops(session.device),
     )
-    if start is None:
-        return progress
-    load_weights(session.model, start.path)
-    optimizer_state = read_optimizer_state(start.path)
-    if optimizer_state is None:
-        raise ConfigError(f"{start.path} holds no optimizer state, so training cannot go on from it; start a new run folder")
-    session.optimizer.load_consolidated(optimizer_state)
-    session.stepper.loss_scale.restore(start.state.loop)
-    restore_rng(start.state.rng)
-    progress.restore(start.state.step, start.state.curve, start.state.loop)
+    if start is not None:
+        load_weights(session.model, start.path)
+        load_optimizer(session.optimizer, start.path)
+        session.stepper.loss_scale.restore(start.state.loop)
+        restore_rng(start.state.rng)
+        progress.restore(start.state.step, start.state.curve, start.state.loop)
     return progress
+
+
+def load_optimizer(optimizer: Any, path: Path) -> None:
+    """Load a checkpoint's optimizer state. Raises ConfigError when it holds none."""
+    state = read_optimizer_state(path)
+    if state is None:
+        raise ConfigError(f"{path} holds no optimizer state, so training cannot go on from it; start a new run folder")
+    optimizer.load_consolidated(state)
 
 
 def _make_record(
@@ -232,12 +238,13 @@ def _make_record(
         total_seconds=time.time() - started,
         git_commit=git_commit(),
         parents=parents,
-        started_at=_iso(started),
-        finished_at=_iso(time.time()),
+        started_at=iso_time(started),
+        finished_at=iso_time(time.time()),
     )
 
 
-def _iso(seconds: float) -> str:
+def iso_time(seconds: float) -> str:
+    """ISO 8601 in UTC of seconds since 1970."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")
 
 
