@@ -224,10 +224,9 @@ def _runs_to_decide(gain: float, difference: _Difference, alpha: float) -> int |
     if gain == 0:
         return None
     known_df = difference.df - max(difference.num_pairs - 1, 0)
-    for n in range(max(2, difference.num_pairs + 1), MAX_RUNS_TO_DECIDE + 1):
-        if abs(gain) / np.sqrt(difference.single_variance / n) >= stats.t.ppf(1 - alpha, max(1.0, n - 1 + known_df)):
-            return n
-    return None
+    n = np.arange(max(2, difference.num_pairs + 1), MAX_RUNS_TO_DECIDE + 1)
+    enough = abs(gain) / np.sqrt(difference.single_variance / n) >= stats.t.ppf(1 - alpha, np.maximum(1.0, n - 1 + known_df))
+    return int(n[enough.argmax()]) if enough.any() else None
 
 
 def _ends(curves: Mapping[int, np.ndarray], name: str) -> dict[int, np.ndarray]:

@@ -106,7 +106,7 @@ def _fit_group(cell: pd.DataFrame, axis: str, other: str | None) -> _Group:
 
 def _free(cell: pd.DataFrame, axis: str, other: str) -> bool:
     """Whether the two knobs vary beside each other: neither is constant nor a function of the other."""
-    if cell[other].isna().any():
+    if cell[other].isna().any() or cell[other].nunique() < 2:
         return False
     return any(bool((cell.groupby(x)[y].nunique() > 1).any()) for x, y in ((axis, other), (other, axis)))
 

@@ -278,6 +278,8 @@ def _with_intervals(law: Law, line: LineFit, points: Points) -> Law:
 def extra_symbol(points: Points, symbols: Sequence[str], extra: str) -> dict[str, Any] | None:
     """Is an `extra` term significant? Exponent, standard error, t, p of the larger fit; None when it cannot be told."""
     inside = points.interior
+    if not inside.any():
+        return None
     columns = [points.symbols[s][inside] for s in (*symbols, extra)]
     design = np.column_stack([np.ones(int(inside.sum())), *(c - c.mean() for c in columns)])
     n, p = design.shape
