@@ -16,15 +16,13 @@ from nanochat_model.native import ops as native
 
 SOFTCAP = 15.0  # logits = 15·tanh(raw/15) (nanochat gpt.py)
 IGNORE_INDEX = -1
-CPU_CHUNK_BYTES = 1 << 20  # a chunk's float32 logits stay in the second-level cache
+CPU_CHUNK_TOKENS = 1024  # large enough for the products, small enough for the caches
 GPU_CHUNK_TOKENS = 8192
 
 
-def chunk_tokens(vocab_size: int, device: torch.device) -> int:
+def chunk_tokens(device: torch.device) -> int:
     """Tokens a chunk."""
-    if device.type != "cpu":
-        return GPU_CHUNK_TOKENS
-    return max(64, min(1024, CPU_CHUNK_BYTES // (4 * vocab_size)))
+    return CPU_CHUNK_TOKENS if device.type == "cpu" else GPU_CHUNK_TOKENS
 
 
 def softcapped_logits(x: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
@@ -42,7 +40,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, r
     if reduction == "none":
         losses = [
             F.cross_entropy(softcapped_logits(xc, weight, vocab_size), tc, ignore_index=IGNORE_INDEX, reduction="none")
-            for xc, tc in zip(*_split(chunk_tokens(vocab_size, x.device), x, targets), strict=True)
+            for xc, tc in zip(*_split(chunk_tokens(x.device), x, targets), strict=True)
         ]
         return torch.cat(losses)
     if reduction not in ("mean", "sum"):
@@ -63,7 +61,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        size = chunk_tokens(vocab_size, x.device)
+        size = chunk_tokens(x.device)
         table = weight[:vocab_size].to(x.dtype)
         needs_grad = x.requires_grad or weight.requires_grad
         total = torch.zeros((), dtype=torch.float32, device=x.device)
