@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanochat_model.errors import ConfigError
 
@@ -79,3 +80,14 @@ def require_device(name: str) -> DeviceSpec:
             f"device {name!r} is not in the table of peaks ({known}); choose one of these, or give --tokens-per-second"
         )
     return spec
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bf16 matrix instructions (AVX512-BF16, AMX-BF16 or Arm's), which make bf16 products 4–6 times as fast
+    as float32 ones. By its flags, so that the answer is the same on each call; False where they cannot be read."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf8")
+    except OSError:
+        return False
+    line = next((x for x in text.splitlines() if x.startswith(("flags", "Features"))), "")
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(line.split())

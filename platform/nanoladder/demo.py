@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from nanoladder.demo_production import ProductionStages
 from nanoladder.demo_size import DemoSize
 from nanoladder.demo_stages import DemoStages
 from nanoladder.display import StageDisplay
+from nanoladder.outcomes import read_production
 from nanoladder.stages import Facts, Stage, run_stages
 from nanoladder.workspace import Workspace
 
@@ -137,15 +140,13 @@ def run_demo(storage: str | Path, size: DemoSize | None = None, console: Console
             facts = run_stages(stages, workspace.stages_dir, display)
     finally:
         _end_ray()
-    print_summary(console, workspace, facts, ProductionStages(DemoStages(size, workspace)).production_facts())
+    print_summary(console, workspace, facts, read_production(workspace) or {})
     console.print(f"[dim]{time.perf_counter() - started:.0f} s[/]")
     return facts
 
 
 def _end_ray() -> None:
     """End our Ray if a stage started one (without importing Ray when none did)."""
-    import sys
-
     if "ray" in sys.modules:
         from nanoladder.ray_init import shutdown_ray
 
@@ -175,12 +176,25 @@ def print_summary(console: Console, workspace: Workspace, facts: Mapping[str, Fa
     console.print(f"Chat              {facts['chat']['prompt']!r} → {facts['chat']['reply']!r}", soft_wrap=True, markup=False)
     console.print(f"Report            {workspace.report_path}", soft_wrap=True)
     console.print()
-    root = workspace.root
-    for command in (
-        f"mlflow ui --backend-store-uri {workspace.mlflow_uri}",
-        f"nanoladder chat --checkpoint {facts['sft']['folder']}",
-        f"nanoladder runs --storage {root}",
-        f"nanoladder report --storage {root}",
-        f"nanoladder plan --depth 4 --laws {workspace.laws_path} --device cpu",
-    ):
+    for command in further_commands(workspace, Path(facts["sft"]["folder"])):
         console.print(f"  {command}", soft_wrap=True, markup=False)
+
+
+def further_commands(workspace: Workspace, chat_model: Path) -> list[str]:
+    """Commands to look further, with the programs that exist beside this one, ready to paste."""
+    programs = Path(sys.executable).parent
+    commands = (
+        (programs / "mlflow", "ui", "--backend-store-uri", workspace.mlflow_uri),
+        (programs / "optuna", "studies", "--storage", workspace.optuna_uri),
+        (programs / "nanoladder", "chat", "--checkpoint", short(chat_model)),
+        (programs / "nanoladder", "runs", "--storage", short(workspace.root)),
+        (programs / "nanoladder", "report", "--storage", short(workspace.root)),
+        (programs / "nanoladder", "plan", "--depth", 12, "--device", "h100", "--num-devices", 8, "--price", 2.5),
+    )
+    return [shlex.join([short(program), *map(str, rest)]) for program, *rest in commands]
+
+
+def short(path: Path) -> str:
+    """The path from here where it lies below, else in full."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nanochat_model.config import RuntimeConfig, TrainConfig
-from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.horizon import Horizon
-from nanochat_model.identity import canonical_json, content_hash, from_dict, run_id, write_atomic
+from nanochat_model.identity import content_hash, from_dict, run_id, write_atomic
 from nanochat_model.record import RECORD_FILE, RunRecord
 from nanoladder.demo_stages import DemoStages
 from nanoladder.laws_to_recipe import best_model
+from nanoladder.outcomes import PRODUCTION, prediction_facts, read_prediction, read_production
 from nanoladder.plan import LossPrediction, predict
 from nanoladder.stages import Facts, Progress
-
-PRODUCTION = "production"
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class ProductionStages:
         config = replace(config, eval=replace(config.eval, every_steps=every))
         prediction = predict(resolved.allocation, config)
         laws_hash = facts["laws"]["hash"]
-        text = json.dumps(prediction_facts(config, prediction, laws_hash, [asdict(u) for u in resolved.uses]), indent=1)
+        text = json.dumps(prediction_facts(config, prediction, resolved.uses, laws_hash), indent=1)
         write_atomic(workspace.prediction_path, text)
         shape = f"d{model.depth} width {model.model_dim}, {config.num_tokens / 1e6:.1f}M tokens"
         return {"hash": hashlib.sha256(text.encode()).hexdigest()[:16], "summary": f"{shape}: {interval_text(prediction)}"}
@@ -85,8 +82,7 @@ class ProductionStages:
 
     def planned_config(self) -> TrainConfig:
         """The config that prediction.json names."""
-        plain = json.loads(self.ladder.workspace.prediction_path.read_text(encoding="utf8"))
-        return from_dict(TrainConfig, plain["config"])
+        return from_dict(TrainConfig, read_prediction(self.ladder.workspace.prediction_path)["config"])
 
     def record(self) -> RunRecord:
         return RunRecord.load(self.ladder.workspace.run_dir(run_id(self.planned_config())))
@@ -113,51 +109,15 @@ class ProductionStages:
             Laws.load(workspace.laws_path),
             load_records(workspace.record_paths()),
             workspace.report_path,
-            production=self.production_facts(),
+            production=read_production(workspace),
             promotions=facts.get("promotion", {}).get("promotions"),
             title="nanoladder demo",
         )
         size = workspace.report_path.stat().st_size
         return {"hash": content_hash([size]), "summary": f"{workspace.report_path} ({size / 1e6:.1f} MB)"}
 
-    def production_facts(self) -> dict[str, Any]:
-        """What the report shows of the production run: prediction and result."""
-        plain = json.loads(self.ladder.workspace.prediction_path.read_text(encoding="utf8"))
-        record = self.record()
-        keys = ("run_id", "N", "D", "C", "predicted", "low", "high", "surface", "predicted_at")
-        return {
-            **{key: plain[key] for key in keys},
-            "name": PRODUCTION,
-            "measured": record.val_bpb,
-            "seconds": record.train_seconds,
-        }
-
     def outputs(self, facts: Facts) -> list[Path]:
         return [self.ladder.workspace.run_dir(run) / RECORD_FILE for run in facts["run_ids"]]
-
-
-def prediction_facts(
-    config: TrainConfig, prediction: LossPrediction | None, laws_hash: str, uses: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """prediction.json: what will run, what it should reach, from which laws, and when that was said."""
-    counts = count_params(config.model)
-    p = prediction
-    return {
-        "predicted_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "laws_hash": laws_hash,
-        "run_id": run_id(config),
-        "N": counts.scaling,
-        "D": config.num_tokens,
-        "C": float(flops_per_token(config.model)) * config.num_tokens,
-        "predicted": p.val_bpb if p else None,
-        "low": p.low if p else None,
-        "high": p.high if p else None,
-        "surface": p.surface_bpb if p else None,
-        "verdict": p.verdict if p else "refuse",
-        "reasons": list(p.reasons) if p else ["no usable allocation law"],
-        "uses": uses,
-        "config": json.loads(canonical_json(asdict(config))),
-    }
 
 
 def interval_text(prediction: LossPrediction | None) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat_model.config import DataConfig
+from nanochat_model.config import DataConfig, Packing
 from nanochat_model.identity import content_hash
 from nanochat_model.recipe import Recipe
 from nanochat_model.record import RECORD_FILE, RunRecord
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from analysis.laws import Laws
     from nanoladder.execute import SweepProgress
 
-PACKING = "keep_remainder"  # documents of 18 kB against rows of 256 tokens: best-fit would drop nearly all
+PACKING: Packing = "keep_remainder"  # documents of 18 kB against rows of 256 tokens: best-fit would drop nearly all
 TUNING_SWEEPS = ("demo_wd", "demo_batch")
 
 
@@ -88,6 +88,16 @@ class DemoStages:
         recipe = self.recipe()
         return self._sweeps([demo_sweeps.weight_decay(self.size, recipe), demo_sweeps.batch(self.size, recipe)], progress)
 
+    def promotion(self, facts: Mapping[str, Facts], progress: Progress) -> Facts:
+        """Two changes of the recipe, judged at a small size; what wins there is validated at a larger one, with seeds."""
+        from nanoladder.ladder import execute_ladder
+
+        ladder = demo_sweeps.promotion(self.size, self.recipe())
+        result = execute_ladder(
+            ladder, self.workspace, data=self.data(), progress=self._show(progress), max_concurrent=self.size.concurrent_trials
+        )
+        return self.promotion_facts(result)
+
     def isoflop(self, facts: Mapping[str, Facts], progress: Progress) -> Facts:
         """The isoFLOP grid and the seeds, each cell by the recipe that the tuning laws give."""
         recipe = self.tuned_recipe(self.fit(TUNING_SWEEPS)).recipe
@@ -96,16 +106,19 @@ class DemoStages:
     def _sweeps(self, sweeps: Sequence[Sweep], progress: Progress) -> Facts:
         from nanoladder.execute import execute_sweeps
 
+        records = execute_sweeps(
+            sweeps, self.workspace, data=self.data(), progress=self._show(progress), max_concurrent=self.size.concurrent_trials
+        )
+        return self.sweep_facts(list({r.run_id: r for each in records for r in each}.values()))
+
+    def _show(self, progress: Progress) -> Callable[[SweepProgress], None]:
         def show(state: SweepProgress) -> None:
             done, total = (state.flops_done, state.flops_total) if state.flops_total else (state.done, state.total)
             failed = f", {state.failed} failed" if state.failed else ""
             left = f", {state.eta_seconds:.0f} s left" if state.eta_seconds is not None else ""
             progress.update(done, total, f"{state.done} of {state.total} runs{failed}{left}")
 
-        records = execute_sweeps(
-            sweeps, self.workspace, data=self.data(), progress=show, max_concurrent=self.size.concurrent_trials
-        )
-        return self.sweep_facts(list({r.run_id: r for each in records for r in each}.values()))
+        return show
 
     def sweep_facts(self, records: Sequence[RunRecord]) -> Facts:
         done = [r for r in records if r.status == "complete"]
@@ -122,7 +135,7 @@ class DemoStages:
 
     # --- laws ---
 
-    def fit(self, sweeps: Sequence[str] = (), *, target: Any = None) -> Laws:
+    def fit(self, sweeps: Sequence[str] = (), *, target_flops: float | None = None) -> Laws:
         """Laws of the recorded runs (of some sweeps)."""
         from analysis.laws import fit_laws
         from analysis.table import load_records
@@ -131,7 +144,7 @@ class DemoStages:
         if sweeps:
             chosen = {r.run_id for r in self.workspace.records() if set(record_sweeps(r)) & set(sweeps)}
             paths = [p for p in paths if p.parent.name in chosen]
-        return fit_laws(load_records(paths), target=target, n_boot=self.size.n_boot)
+        return fit_laws(load_records(paths), target_flops=target_flops, n_boot=self.size.n_boot)
 
     def tuned_recipe(self, laws: Laws) -> LawRecipe:
         """The demo's recipe with its good laws; a law of another status is left out by name, and the report shows why."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nanochat_model.config import RuntimeConfig
+from nanochat_model.hardware import cpu_has_bf16
 from nanochat_model.horizon import Horizon
 from nanochat_model.recipe import Recipe
 from nanoladder.demo_size import DEMO_RECIPE, DemoSize, Shape
@@ -16,7 +17,8 @@ TRIAL_RUNTIME = RuntimeConfig(device="cpu", num_threads=1, keep_last=0)  # tiny 
 
 
 def demo_recipe(size: DemoSize = DEMO) -> Recipe:
-    return DEMO_RECIPE.recipe(size, "bfloat16")
+    """The demo's rules, in bf16 where this CPU is fast at it."""
+    return DEMO_RECIPE.recipe(size, "bfloat16" if cpu_has_bf16() else "float32")
 
 
 def _sweep(name: str, purpose: Purpose, question: str, source: str, recipe: Recipe, cells: tuple[Cell, ...]) -> Sweep:

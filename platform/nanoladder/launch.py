@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 from nanochat_model.config import RuntimeConfig
 from nanochat_model.errors import ConfigError
-from nanochat_model.identity import canonical_json, run_id, write_atomic
+from nanochat_model.identity import run_id, write_atomic
 from nanochat_model.record import RunRecord
+from nanoladder.outcomes import PREDICTION_FILE, PRODUCTION, prediction_facts
 from nanoladder.plan import LaunchPlan, LossPrediction
 from nanoladder.workspace import Workspace
 
-PREDICTION_FILE = "prediction.json"
 VERDICT_FILE = "verdict.json"
 CHECKPOINT_SECONDS = 900.0  # between checkpoints of a long run: what a crash may cost
-STAGE = "production"
 
 
 def launch(plan: LaunchPlan, workspace: Workspace, *, address: str | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def launch(plan: LaunchPlan, workspace: Workspace, *, address: str | None = None
     folder = workspace.run_dir(run_id(plan.config))
     said = folder / PREDICTION_FILE
     if not said.exists():
-        write_atomic(said, json.dumps(launch_facts(plan), indent=1))
+        write_atomic(said, json.dumps(prediction_facts(plan.config, plan.prediction, plan.uses), indent=1))
     on_cpu = plan.throughput.peak_flops_per_device is None
     ensure_ray(workspace, num_cpus=plan.target.num_devices if on_cpu else None, address=address)
     try:
@@ -45,10 +43,10 @@ def launch(plan: LaunchPlan, workspace: Workspace, *, address: str | None = None
             workspace=workspace,
             num_workers=plan.target.num_devices,
             use_gpu=not on_cpu,
-            name=STAGE,
-            sweep=STAGE,
-            stage=STAGE,
-            tags={"purpose": STAGE},
+            name=PRODUCTION,
+            sweep=PRODUCTION,
+            stage=PRODUCTION,
+            tags={"purpose": PRODUCTION},
             progress=None if quiet else lambda event: print_event(event, plan),
         )
     finally:
@@ -69,17 +67,6 @@ def launch_runtime(plan: LaunchPlan) -> RuntimeConfig:
         checkpoint_every_seconds=CHECKPOINT_SECONDS,
         price_per_device_hour=plan.target.price_per_device_hour or 0.0,
     )
-
-
-def launch_facts(plan: LaunchPlan) -> dict[str, Any]:
-    return {
-        "run_id": run_id(plan.config),
-        "prediction": asdict(plan.prediction) if plan.prediction else None,
-        "hours": plan.hours,
-        "dollars": plan.dollars,
-        "uses": [asdict(use) for use in plan.uses],
-        "config": json.loads(canonical_json(asdict(plan.config))),
-    }
 
 
 def judge(record: RunRecord, prediction: LossPrediction | None) -> dict[str, Any]:

@@ -140,18 +140,18 @@ class Report:
 
     def run(self) -> None:
         from analysis.laws import Laws, fit_laws
-        from analysis.report import report_facts, report_markdown, write_report
+        from analysis.report import report_facts, to_markdown, write_report
 
         table = self.data.read()
         stored = Workspace(self.data.storage).laws_path if self.data.storage else None
-        path = Path(self.laws) if self.laws else stored
-        laws = Laws.load(path) if self.laws or (path is not None and path.exists()) else fit_laws(table)
+        path = Path(self.laws) if self.laws else stored if stored is not None and stored.exists() else None
+        laws = Laws.load(path) if path is not None else fit_laws(table)
         extra = self.recorded()
         if self.json:
             print_json(report_facts(laws, table, **extra))
             return
         if self.markdown:
-            print(report_markdown(laws, table, **extra))
+            print(to_markdown(report_facts(laws, table, **extra)))
             return
         out = (
             Path(self.out) if self.out else (Workspace(self.data.storage).report_path if self.data.storage else Path("report.html"))

@@ -103,12 +103,13 @@ class Plan:
     set: Overrides = ()
     json: Json = False
 
-    def run(self) -> None:
+    def run(self) -> int:
         plan = self.plan()
         if self.json:
             print_json(plan_as_dict(plan))
         else:
             print_plan(plan)
+        return 0
 
     def plan(self) -> LaunchPlan:
         """The plan that the options describe."""
@@ -156,12 +157,13 @@ class Plan:
     def horizon(self) -> Horizon | None:
         """The horizon that was given with a depth."""
         g = self.goal
-        given = {"num_tokens": g.num_tokens, "tokens_per_param": g.tokens_per_param, "train_flops": g.flops}
-        given = {k: v for k, v in given.items() if v is not None}
+        given = (g.num_tokens, g.tokens_per_param, g.flops)
         backwards = [k for k in ("budget_dollars", "budget_hours", "target_bpb") if getattr(g, k) is not None]
         if self.model.depth is not None and backwards:
             raise ConfigError(f"--depth and --{backwards[0].replace('_', '-')} both fix the size; give one of them")
-        return Horizon(**given) if given else None
+        if given == (None, None, None):
+            return None
+        return Horizon(num_tokens=g.num_tokens, tokens_per_param=g.tokens_per_param, train_flops=g.flops)
 
     def goal_of(self) -> Goal:
         g = self.goal

@@ -1,0 +1,72 @@
+"""What a storage root says about predictions and promotions, in the report's terms."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nanochat_model.config import TrainConfig
+from nanochat_model.counts import count_params, flops_per_token
+from nanochat_model.errors import ConfigError
+from nanochat_model.identity import canonical_json, run_id
+from nanochat_model.record import RECORD_FILE, RunRecord
+from nanoladder.plan import LossPrediction
+from nanoladder.workspace import Workspace
+
+PREDICTION_FILE = "prediction.json"  # in a launched run's folder, written before the run starts
+PRODUCTION = "production"
+PREDICTION_KEYS = ("run_id", "N", "D", "C", "predicted", "low", "high", "surface", "predicted_at")
+
+
+def prediction_facts(
+    config: TrainConfig, prediction: LossPrediction | None, uses: Sequence[RuleUse], laws_hash: str = ""
+) -> dict[str, Any]:
+    """prediction.json: what will run, what it should reach, from which laws, and when that was said."""
+    counts = count_params(config.model)
+    p = prediction
+    return {
+        "predicted_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "laws_hash": laws_hash,
+        "run_id": run_id(config),
+        "N": counts.scaling,
+        "D": config.num_tokens,
+        "C": float(flops_per_token(config.model)) * config.num_tokens,
+        "predicted": p.val_bpb if p else None,
+        "low": p.low if p else None,
+        "high": p.high if p else None,
+        "surface": p.surface_bpb if p else None,
+        "verdict": p.verdict if p else "refuse",
+        "reasons": list(p.reasons) if p else ["no usable allocation law"],
+        "uses": [asdict(use) for use in uses],
+        "config": json.loads(canonical_json(asdict(config))),
+    }
+
+
+def read_prediction(path: Path) -> dict[str, Any]:
+    """A prediction file; ConfigError when it is not one."""
+    try:
+        plain = json.loads(path.read_text(encoding="utf8"))
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"{path}: not valid JSON at character {e.pos} (cut short?); remove it and predict again") from None
+    missing = [k for k in PREDICTION_KEYS if k not in plain] if isinstance(plain, dict) else list(PREDICTION_KEYS)
+    if missing:
+        raise ConfigError(f"{path}: {missing[0]!r} is missing, so this is no prediction; remove it and predict again")
+    return plain
+
+
+def read_production(workspace: Workspace) -> dict[str, Any] | None:
+    """The root's prediction, else the newest launched run's, with what was measured; null where nothing was predicted."""
+    paths = [workspace.prediction_path] if workspace.prediction_path.exists() else []
+    paths += sorted(workspace.runs_dir.glob(f"*/{PREDICTION_FILE}"), key=lambda p: p.stat().st_mtime, reverse=True)
+    if not paths:
+        return None
+    plain = read_prediction(paths[0])
+    facts = {**{key: plain[key] for key in PREDICTION_KEYS}, "name": PRODUCTION, "measured": None, "seconds": None}
+    folder = workspace.run_dir(plain["run_id"])
+    if (folder / RECORD_FILE).exists():
+        record = RunRecord.load(folder)
+        facts |= {"measured": record.val_bpb, "seconds": record.train_seconds}
+    return facts
