@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from nanochat_model.errors import ConfigError
+
 T = TypeVar("T")
 Progress = Callable[[int, int], None]  # (bytes of text done, bytes of text in all)
 
@@ -67,7 +69,13 @@ def _lock_folder(folder: Path) -> int:
             fd = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:
             continue
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as e:
+            os.close(fd)
+            raise ConfigError(
+                f"{folder.parent}: its file system has no locks ({e.strerror}), which builds need; build on a local disk and copy"
+            ) from None
         if folder.exists() and folder.stat().st_ino == os.fstat(fd).st_ino:
             return fd
         os.close(fd)  # renamed or removed while waiting: that was another build's folder

@@ -23,6 +23,7 @@ CORPUS_FILE = "corpus.json"
 SPLITS = ("train", "val")
 ROW_GROUP_BYTES = 4 << 20  # of text; the unit of work when tokenizing
 FILE_BYTES = 256 << 20  # of text in one parquet file
+PROGRESS_DOCS = 1000  # documents between reports
 MAX_NAMES = 100  # of left-out documents in corpus.json
 
 
@@ -203,12 +204,16 @@ def _documents(
     seen = _SeenHashes()
     total, done = sum(f.size for f in files), 0
     for file in files:
-        for text in read_texts(source, file):
+        read = 0
+        for number, text in enumerate(read_texts(source, file), 1):
+            if progress is not None and number % PROGRESS_DOCS == 0:
+                progress(done + min(read, file.size), total)
             if text is None:
                 dropped["not_utf8"] = dropped.get("not_utf8", 0) + 1
                 left_out.append(file.name)
                 continue
             data = text.encode()
+            read += len(data)
             key = hashlib.sha256(data).digest()
             if not text.strip():
                 dropped["empty"] = dropped.get("empty", 0) + 1

@@ -67,19 +67,18 @@ class Loader:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows of the first epoch (under best_fit another shuffle may give a few more or fewer)."""
+        """Rows of the first epoch (under best_fit another shuffle may give a few more or fewer, and all of it has to be packed
+        to know)."""
         return self._stream.epoch_rows(0)
 
     @property
     def dropped_fraction(self) -> float:
-        """Share of the split's tokens that no row of the first epoch holds."""
-        if self.packing == "keep_remainder":
-            return 0.0
-        return 1 - self.rows_per_epoch * (self.sequence_len + 1) / self.shards.num_tokens(self.split)
+        """Share of the split's tokens that no row holds (of a split of several windows, in the first one)."""
+        return self._stream.dropped_fraction()
 
     def _check_rows(self, split: str, stream: RowStream | None = None) -> None:
         tokens = self.shards.num_tokens(split)
-        if tokens <= self.sequence_len or (stream is not None and stream.epoch_rows(0) == 0):
+        if tokens <= self.sequence_len or (stream is not None and not stream.has_rows()):
             raise ConfigError(
                 f"split {split!r} of {self.shards.path} holds {tokens} tokens, not enough for one row of {self.sequence_len} + 1 "
                 f"under {self.packing}; shorten sequence_len or give more text"

@@ -9,7 +9,8 @@ Documents begin with BOS. A row holds T + 1 tokens: T inputs and, shifted by one
   token after it, and the rows are shuffled again. A document that is cut goes on in another row, which then begins without
   BOS. Every token is a target once an epoch (up to T of them twice, where the ring closes).
 
-Losses under different packers are not comparable: rows that begin with a document are easier to predict.
+Losses under different packers are not comparable: rows that begin with a document are easier to predict. What a name means
+never changes, since runs are resumed and compared by it: another rule gets another name.
 """
 
 from __future__ import annotations

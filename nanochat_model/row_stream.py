@@ -68,6 +68,18 @@ class RowStream:
         """Rows of one epoch."""
         return sum(self._num_rows((epoch, i)) for i in range(len(self._files(epoch))))
 
+    def has_rows(self) -> bool:
+        """Whether the first epoch has any row; plans no more than it takes to know."""
+        return any(self._num_rows((0, i)) for i in range(len(self._files(0))))
+
+    def dropped_fraction(self) -> float:
+        """Share of tokens that no row holds, in the first window of the first epoch."""
+        if self._packing == "keep_remainder":
+            return 0.0
+        files = self._shards.files(self._split)
+        tokens = sum(files[i].num_tokens for i in self._files(0)[0])
+        return 1 - self._num_rows((0, 0)) * (self._row_tokens + 1) / tokens
+
     def _find(self, row: int) -> int:
         """Index into _windows of the one that holds a row."""
         while not self._ends or self._ends[-1] <= row:

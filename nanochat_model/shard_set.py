@@ -124,6 +124,8 @@ class ShardSet:
             path = self._files[split][file].tokens_path
             with path.open("rb") as f:
                 mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_WILLNEED"):  # rows are read in random order: have the whole file read ahead instead
+                mapped.madvise(mmap.MADV_WILLNEED)
             self._maps[key] = np.frombuffer(mapped, self.dtype)  # a plain array: slicing np.memmap costs several times as much
         return self._maps[key]
 

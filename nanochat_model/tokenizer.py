@@ -153,6 +153,8 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        ids = list(ids)
+        assert not ids or min(ids) >= 0, f"id {min(ids)} stands for no token"
         return b"".join([self._bytes[i] for i in ids])
 
     def save(self, folder: str | Path) -> None:
