@@ -27,6 +27,7 @@ from nanochat_model.checkpoint import (
     verify,
 )
 from nanochat_model.config import RuntimeConfig, TrainConfig
+from nanochat_model.core_bundle import locate
 from nanochat_model.counts import count_params
 from nanochat_model.distributed import barrier, current_ranks, on_main
 from nanochat_model.errors import ConfigError
@@ -87,6 +88,8 @@ def pretrain(
     existing, start = on_main(lambda: _prepare(config, run_dir, resume, horizon_change, start_from))
     if existing is not None:
         return existing
+    if runtime.core_bundle:
+        on_main(lambda: locate(runtime.core_bundle))  # a wrong path is told now, not hours from now
     session = build_session(config, runtime, ranks)
     progress = restore_progress(session, start)
     parents = parent_hashes(session.parents, start)

@@ -1,0 +1,109 @@
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny_run import RUNTIME, tiny_config
+
+from nanochat_model import diagnostics
+from nanochat_model.distributed import Ranks
+from nanochat_model.resume import multipliers_at
+from nanochat_model.session import Session, build_session
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    session = build_session(tiny_config(model__num_kv_heads=1, model__depth=3), RUNTIME, Ranks())
+    with torch.no_grad():  # away from initialization, where projections are zero and nothing flows
+        g = torch.Generator().manual_seed(0)
+        for p in session.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=g))
+    yield session
+    session.close()
+
+
+def test_norms_are_those_of_gradients_and_updates(session: Session) -> None:
+    names = dict(session.model.named_parameters())
+    session.stepper.forward_backward(session.batch(0))
+    gradients = {n: p.grad.norm().item() for n, p in names.items() if p.grad is not None}
+    session.optimizer.zero_grad()
+    before = {n: p.detach().clone() for n, p in names.items()}
+    metrics, outcome = diagnostics.measured_step(session.stepper, session.batch(0), multipliers_at(session.config, 0))
+    assert not outcome.skipped and len(gradients) == len(names)
+    for name, p in names.items():
+        short = name.removeprefix("transformer.").removesuffix(".weight")
+        update = (p.detach() - before[name]).norm().item()
+        assert metrics[f"gradient_norm/{short}"] == pytest.approx(gradients[name], rel=1e-4)
+        assert metrics[f"update_norm/{short}"] == pytest.approx(update, rel=1e-4) and update > 0
+        assert metrics[f"update_to_weight/{short}"] == pytest.approx(update / before[name].norm().item(), rel=1e-4)
+
+
+def test_dead_and_saturated_units_are_counted(session: Session) -> None:
+    """Units whose weights are zero never fire."""
+    fc = session.model.transformer["h"][1].mlp.c_fc.weight
+    with torch.no_grad():
+        fc[: fc.shape[0] // 4] = 0
+    metrics = diagnostics.activation_metrics(session.model, session.batch(0), session.stepper)
+    assert 0.25 <= metrics["dead_units/1"] < 0.5 and metrics["dead_units/0"] < 0.1
+    assert all(0 <= metrics[f"saturated_units/{i}"] < 0.2 for i in range(3))
+
+
+def test_largest_logit_is_the_largest_allowed_product() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(7, 4, 6, generator=g), torch.randn(7, 2, 6, generator=g)
+    for window in (0, 2, 7):
+        slow = max(
+            float(q[t, h] @ k[s, h // 2]) / math.sqrt(6)
+            for h in range(4)
+            for t in range(7)
+            for s in range(max(0, t - window), t + 1)
+        )
+        assert diagnostics.attention_logit_max(q, k, window) == pytest.approx(slow, rel=1e-5)
+
+
+def test_logits_are_those_of_attention(session: Session) -> None:
+    """|q| = |k| = 1.2·√D bounds every logit by 1.44·√D; sharp ones come near."""
+    metrics = diagnostics.activation_metrics(session.model, session.batch(0), session.stepper)
+    bound = 1.44 * math.sqrt(session.config.model.head_dim)
+    assert all(0 < metrics[f"attention_logit_max/{i}"] <= bound * 1.001 for i in range(3))
+    attn = session.model.transformer["h"][0].attn
+    with torch.no_grad():
+        attn.c_k.weight.copy_(attn.c_q.weight[: attn.c_k.weight.shape[0]])  # keys equal queries: a position meets itself
+    metrics = diagnostics.activation_metrics(session.model, session.batch(0), session.stepper)
+    assert metrics["attention_logit_max/0"] == pytest.approx(bound, rel=1e-3)
+
+
+def test_lambdas_by_layer(session: Session) -> None:
+    metrics = diagnostics.lambda_metrics(session.model)
+    assert metrics["x0_lambda/2"] == session.model.x0_lambdas[2].item() and len(metrics) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("transformer.h.1.mlp.c_fc.weight", math.nan, "the weights of transformer.h.1.mlp.c_fc.weight"),
+        ("transformer.h.2.mlp.c_fc.weight", 1e38, "the output of transformer.h.2.mlp"),
+        ("transformer.h.0.attn.c_v.weight", 3e38, "the output of transformer.h.0.attn"),
+    ],
+)
+def test_finds_where_values_stop_being_finite(session: Session, name: str, value: float, expected: str) -> None:
+    assert diagnostics.locate_non_finite(session.stepper, session.batch(0)) == ""
+    with torch.no_grad():
+        dict(session.model.named_parameters())[name][:] = value
+    assert diagnostics.locate_non_finite(session.stepper, session.batch(0)).startswith(expected)
+
+
+def test_finds_a_gradient_that_overflows(session: Session) -> None:
+    """Finite forward, non-finite backward: the weight that the backward pass reaches first is named."""
+    fc = session.model.transformer["h"][1].mlp.c_fc
+    fc.register_full_backward_hook(lambda module, grad_input, grad_output: (grad_input[0] * math.nan,))
+    found = diagnostics.locate_non_finite(session.stepper, session.batch(0))
+    assert found == "the gradient of transformer.h.1.attn.c_proj.weight"
+    assert all(not p.grad.any() for p in session.model.parameters() if p.grad is not None), "gradients are left at zero"
+
+
+def test_backward_order() -> None:
+    names = ["lm_head.weight", "transformer.h.2.mlp.c_proj.weight", "transformer.h.2.attn.c_proj.weight",
+             "transformer.h.2.attn.c_v.weight", "value_embeds.2.weight", "transformer.h.0.mlp.c_fc.weight", "x0_lambdas",
+             "transformer.wte.weight"]  # fmt: skip
+    assert sorted(names, key=lambda n: diagnostics.backward_position(n, 3), reverse=True) == names

@@ -1,0 +1,163 @@
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import RUNTIME, tiny_config, tiny_shards
+
+from nanochat_model.callbacks import Callback, StepInfo
+from nanochat_model.checkpoint import CHECKPOINTS_DIR, checkpoint_hash, find_latest, load_model, read_optimizer_state, read_state
+from nanochat_model.config import TrainConfig
+from nanochat_model.conversations import ConversationLoader, ConversationSet
+from nanochat_model.errors import ConfigError
+from nanochat_model.loop import Batch
+from nanochat_model.session import build_stepper
+from nanochat_model.sft import SFTConfig, SFTRecord, resolve_config, sft
+from nanochat_model.train import pretrain
+
+SIZE = {"model__sequence_len": 64, "batch_tokens": 256, "num_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base run of a few steps."""
+    folder = tmp_path_factory.mktemp("base")
+    pretrain(tiny_config(**SIZE), RUNTIME, run_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short ones with one rule to learn: the answer repeats the question."""
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    with path.open("w") as f:
+        for _ in range(40):
+            word = "".join(rng.choices("abcdefghij", k=4))
+            f.write(json.dumps([{"role": "user", "content": word}, {"role": "assistant", "content": word * 2}]) + "\n")
+    return path
+
+
+class Losses(Callback):
+    def __init__(self, crash_at: int = -1) -> None:
+        self.losses: dict[int, float] = {}
+        self.crash_at = crash_at
+
+    def on_step(self, info: StepInfo) -> None:
+        if info.step == self.crash_at:
+            raise InterruptedError
+        self.losses[info.step] = info.train_loss
+
+
+CONFIG = SFTConfig(num_steps=12, val_fraction=0.3, eval_every_steps=6)
+
+
+def test_learns_what_the_assistant_says_and_records_it(base: Path, conversations: Path, tmp_path: Path) -> None:
+    record = sft(CONFIG, RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path)
+    assert record.status == "complete" and record.val_loss_after is not None
+    assert record.val_loss_after < record.val_loss_before - 0.1
+    assert SFTRecord.load(tmp_path) == record and record.kind == "sft"
+    assert record.parents["base"] == checkpoint_hash(find_latest(base / CHECKPOINTS_DIR))
+    assert record.num_conversations + record.num_val_conversations == 40 and record.num_truncated == 0
+    assert [p.step for p in record.curve] == [6, 12]
+    assert read_state(find_latest(tmp_path / CHECKPOINTS_DIR)).kind == "sft"
+    assert load_model(tmp_path).config == load_model(base).config
+    again = sft(CONFIG, RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path)
+    assert again == record
+
+
+def test_inherits_rates_and_decays_to_zero(base: Path) -> None:
+    state = read_state(find_latest(base / CHECKPOINTS_DIR))
+    tokenizer = tiny_shards().tokenizer
+    talk = ConversationSet([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], tokenizer)
+    config = resolve_config(SFTConfig(num_steps=10), state, talk)
+    assert state.config is not None
+    assert config.optimizer.matrix_lr == pytest.approx(0.8 * state.config.optimizer.matrix_lr)
+    assert config.optimizer.embedding_lr == pytest.approx(0.8 * state.config.optimizer.embedding_lr)
+    assert config.optimizer.weight_decay == 0 and config.batch_tokens == state.config.batch_tokens
+    from nanochat_model.resume import multipliers_at
+
+    rates = [multipliers_at(config, k).lr for k in range(10)]
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert multipliers_at(config, 9).momentum == pytest.approx(0.85 + 0.1 * 9 / 300)
+
+
+def test_an_epoch_is_the_horizon_when_no_steps_are_given(base: Path) -> None:
+    state = read_state(find_latest(base / CHECKPOINTS_DIR))
+    tokenizer = tiny_shards().tokenizer
+    talk = [{"messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "d" * 40}]} for _ in range(16)]
+    data = ConversationSet(talk, tokenizer)
+    rows = ConversationLoader(data, sequence_len=64, rows_per_batch=4).rows_per_epoch
+    assert resolve_config(SFTConfig(num_epochs=3), state, data).num_steps == round(3 * rows / 4)
+
+
+def test_warm_start_takes_over_the_optimizer(base: Path, conversations: Path, tmp_path: Path) -> None:
+    """The first update differs with and without it, the first loss does not; and step counts go on."""
+    seen = {}
+    for warm in (True, False):
+        losses = Losses()
+        config = dataclasses.replace(CONFIG, warm_start=warm)
+        sft(config, RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path / str(warm), callbacks=[losses])
+        seen[warm] = losses.losses
+        state = read_optimizer_state(find_latest(tmp_path / str(warm) / CHECKPOINTS_DIR))
+        assert state is not None and state["num_steps"] == 12 + (8 if warm else 0)
+    assert seen[True][1] == seen[False][1] and seen[True][2] != seen[False][2]
+
+
+def test_interrupted_goes_on_to_the_bit(base: Path, conversations: Path, tmp_path: Path) -> None:
+    whole, cut, rest = Losses(), Losses(crash_at=6), Losses()
+    options = {"base_checkpoint": base, "conversations": conversations}
+    saving = dataclasses.replace(RUNTIME, checkpoint_every_steps=2)
+    expected = sft(CONFIG, saving, run_dir=tmp_path / "whole", callbacks=[whole], **options)
+    with pytest.raises(InterruptedError):
+        sft(CONFIG, saving, run_dir=tmp_path / "cut", callbacks=[cut], **options)
+    record = sft(CONFIG, saving, run_dir=tmp_path / "cut", callbacks=[rest], **options)
+    assert rest.losses == {k: v for k, v in whole.losses.items() if k > 4}
+    assert (record.val_loss_before, record.val_loss_after) == (expected.val_loss_before, expected.val_loss_after)
+
+
+def test_a_batch_without_anything_to_learn_is_passed_over(tmp_path: Path) -> None:
+    from nanochat_model.distributed import Ranks
+    from nanochat_model.resume import multipliers_at
+
+    config: TrainConfig = tiny_config()
+    model, _, stepper, _ = build_stepper(config, RUNTIME, Ranks())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    rows = np.zeros((8, 32), np.int64)
+    outcome = stepper.step(Batch(inputs=rows, targets=rows - 1, num_targets=0), multipliers_at(config, 0))
+    assert outcome.skipped and not outcome.blamed
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_only_supervised_targets_count(base: Path) -> None:
+    """Mean over the targets of the whole batch, however they fall on micro-batches: the rows of one hold none at all."""
+    from nanochat_model.distributed import Ranks
+
+    config = tiny_config(**SIZE)
+    model, _, stepper, _ = build_stepper(config, dataclasses.replace(RUNTIME, micro_batch_rows=1), Ranks())
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.integers(0, 300, (4, 64)), rng.integers(0, 300, (4, 64))
+    targets[1] = -1
+    targets[2, 5:] = -1
+    part = stepper.forward_backward(Batch(inputs=inputs, targets=targets, num_targets=int((targets >= 0).sum())))
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    expected = model.loss(torch.from_numpy(inputs), torch.from_numpy(targets))
+    expected.backward()
+    assert part.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, model.lm_head.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_bad_input_is_told(base: Path, conversations: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no checkpoint at"):
+        sft(CONFIG, RUNTIME, base_checkpoint=tmp_path / "none", conversations=conversations, run_dir=tmp_path)
+    with pytest.raises(ConfigError, match="do not exist"):
+        sft(CONFIG, RUNTIME, base_checkpoint=base, conversations=tmp_path / "none.jsonl", run_dir=tmp_path)
+    with pytest.raises(ConfigError, match="val_fraction"):
+        SFTConfig(val_fraction=0)
+    sft(dataclasses.replace(CONFIG, num_steps=1), RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path)
+    with pytest.raises(ConfigError, match="another fine-tuning"):
+        sft(CONFIG, RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path)
