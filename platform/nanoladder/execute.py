@@ -66,7 +66,7 @@ def execute_sweeps(
     with contextlib.ExitStack() as stack:
         for sweep in sorted(sweeps, key=lambda s: s.name):
             stack.enter_context(exclusive(workspace.sweep_dir(sweep.name), f"sweep {sweep.name}"))
-        storage = open_storage(workspace.optuna_url)
+        storage = open_storage(workspace.optuna_uri)
         stack.callback(storage.engine.dispose)
         works = [
             w
@@ -137,7 +137,7 @@ def _train(
     num_cpus: int | None,
     train_function: str,
 ) -> None:
-    from nanoladder.ray_init import ensure_ray
+    from nanoladder.ray_init import alive, ensure_ray
 
     session = ensure_ray(workspace, num_cpus=num_cpus, address=address)
     import ray
@@ -159,7 +159,11 @@ def _train(
         max_concurrent=max_concurrent,
         placement_seconds=wait,
     )
-    fit(scheduler, workspace.root / "tune" / f"{os.getpid()}-{time.time_ns()}")
+    scratch = workspace.root / "tune"
+    for folder in scratch.glob("*-*"):  # of commands that were killed
+        if not alive(int(folder.name.partition("-")[0])):
+            shutil.rmtree(folder, ignore_errors=True)
+    fit(scheduler, scratch / f"{os.getpid()}-{time.time_ns()}")
 
 
 class SpecMaker:
@@ -223,7 +227,8 @@ class SpecMaker:
         runtime = sweep.runtime
         if not self._uses_gpu(sweep):
             runtime = replace(runtime, device="cpu", num_threads=runtime.num_threads or sweep.threads_per_trial)
-        if sweep.keep_checkpoints or runtime.keep_steps or runtime.checkpoint_every_steps or runtime.checkpoint_every_seconds:
+        asked = runtime.keep_last == 0 or runtime.keep_steps or runtime.checkpoint_every_steps or runtime.checkpoint_every_seconds
+        if asked or sweep.keep_checkpoints:
             return runtime
         if seconds < CHECKPOINT_SECONDS:
             return replace(runtime, keep_last=0)

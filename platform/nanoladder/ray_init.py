@@ -185,11 +185,11 @@ def remove_stale_sessions(folder: Path) -> None:
     """Remove what killed processes left in our own folder: sessions are named by the process that started them."""
     for session in folder.glob("session_*"):
         match = re.search(r"_(\d+)$", session.name)
-        if match and not session.is_symlink() and not _alive(int(match.group(1))):
+        if match and not session.is_symlink() and not alive(int(match.group(1))):
             shutil.rmtree(session, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

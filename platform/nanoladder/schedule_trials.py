@@ -166,6 +166,10 @@ class PoolSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The callbacks below say it with more detail."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher and callbacks into a snapshot that nobody reads."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Records are what a sweep resumes from."""
 
@@ -179,6 +183,9 @@ class PoolCallback(tune.Callback):
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self.raised: BaseException | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         try:
@@ -224,19 +231,19 @@ def fit(scheduler: Scheduler, folder: Path) -> None:
     callback = PoolCallback(scheduler)
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a failed trial is reported once, by us
-    tuner = tune.Tuner(
-        TrialActor,
-        tune_config=tune.TuneConfig(search_alg=PoolSearcher(scheduler), num_samples=-1, reuse_actors=True),
-        run_config=tune.RunConfig(
-            name="trials",
-            storage_path=str(folder),
-            verbose=0,
-            callbacks=[callback],
-            failure_config=tune.FailureConfig(max_failures=0),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
-        ),
-    )
     try:
+        tuner = tune.Tuner(
+            TrialActor,
+            tune_config=tune.TuneConfig(search_alg=PoolSearcher(scheduler), num_samples=-1, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=str(folder),
+                verbose=0,
+                callbacks=[callback],
+                failure_config=tune.FailureConfig(max_failures=0),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
+            ),
+        )
         tuner.fit()
     except Exception as e:
         if callback.raised is not None:

@@ -25,11 +25,13 @@ class TerminalLines(Listener):
         self._skipped = 0
 
     def on_failure(self, trial: Trial, error: str, traceback: str, retry: bool) -> None:
-        self._console.print(f"[red]failed[/]  {escape(trial.name)}: {escape(error)}{'; one more try' if retry else ''}")
+        self._console.print(
+            f"[red]failed[/]  {escape(trial.name)}: {escape(error)}{'; one more try' if retry else ''}", soft_wrap=True
+        )
         kind = traceback.strip().splitlines()[-1] if traceback.strip() else ""
         if kind and kind not in self._seen:
             self._seen.add(kind)
-            self._console.print(f"[dim]{escape(traceback.rstrip())}[/]")
+            self._console.print(f"[dim]{escape(traceback.rstrip())}[/]", soft_wrap=True)
 
     def on_record(self, trial: Trial, record: RunRecord, new: bool) -> None:
         if not new:
@@ -42,7 +44,9 @@ class TerminalLines(Listener):
         line = f"{trial.sweep} [bold]{escape(trial.cell)}[/] {escape(values)}".rstrip()
         seed = f" seed {trial.seed}" if trial.seed else ""
         status = "" if record.status == "complete" else f" {record.status}"
-        self._console.print(f"bpb [bold]{loss}[/]  {line}{seed}  [dim]{format_seconds(record.train_seconds)}[/]{status}")
+        self._console.print(
+            f"bpb [bold]{loss}[/]  {line}{seed}  [dim]{format_seconds(record.train_seconds)}[/]{status}", soft_wrap=True
+        )
 
     def on_end(self) -> None:
         if self._skipped:

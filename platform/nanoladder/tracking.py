@@ -124,6 +124,7 @@ class MlflowWriter:
             if run_id:
                 child = _Child(run.info.run_id, run.data.tags.get(TAG + "finished_at", ""))
                 child.last_step = int(run.data.tags.get(TAG + "last_step", "-1"))
+                child.failed = TAG + "error" in run.data.tags
                 self._children[(sweep, run_id)] = child
             elif TAG + "kind" in run.data.tags:
                 self._parents[sweep] = run.info.run_id
@@ -136,6 +137,7 @@ class MlflowWriter:
 
     def start(self, trial: Trial, attempt: int) -> None:
         child = self._child(trial)
+        child.flushed = time.monotonic()
         self.client.update_run(child.id, status="RUNNING")
         self.client.set_tag(child.id, TAG + "attempts", str(attempt))
 
@@ -143,7 +145,8 @@ class MlflowWriter:
         """Points of a running trial, kept until a few seconds' worth is there."""
         child = self._child(trial)
         child.waiting += [p for p in points if p.step > child.last_step]
-        if time.monotonic() - child.flushed > FLUSH_SECONDS:
+        if child.waiting and time.monotonic() - child.flushed > FLUSH_SECONDS:
+            child.started_ms = child.started_ms or round((time.time() - child.waiting[-1].seconds) * 1000)
             self._flush(child, child.started_ms)
 
     def record(self, trial: Trial, record: RunRecord) -> None:
@@ -155,8 +158,7 @@ class MlflowWriter:
         from mlflow.entities import Metric, Param, RunTag
 
         child.waiting = [p for p in record.curve if p.step > child.last_step]
-        started = _milliseconds(record.started_at)
-        self._flush(child, started)
+        self._flush(child, child.started_ms or _milliseconds(record.started_at))
         now = _milliseconds(record.finished_at)
         params = [Param(k, str(v)) for k, v in flatten(record.config).items() if k not in NOT_PARAMS]
         last_step = record.curve[-1].step if record.curve else 0
@@ -164,6 +166,9 @@ class MlflowWriter:
         tags = [RunTag(k, v) for k, v in record_tags(trial, record).items()]
         client.log_batch(child.id, metrics=metrics)
         client.log_batch(child.id, params=params[:100], tags=tags)
+        if child.failed and record.status == "complete":
+            client.delete_tag(child.id, TAG + "error")
+        child.failed = record.status == "failed"
         status = {"complete": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}[record.status]
         client.set_terminated(child.id, status=status, end_time=now)
         child.finished_at = record.finished_at
@@ -206,9 +211,10 @@ class _Child:
         self.id = id
         self.finished_at = finished_at
         self.waiting: list[CurvePoint] = []
+        self.failed = False
         self.last_step = -1  # up to here MLflow has the curve
         self.flushed = 0.0
-        self.started_ms = round(time.time() * 1000)
+        self.started_ms = 0  # from which its points count their time; 0: none was sent while it ran
 
 
 def connect(uri: str) -> Any:

@@ -1,0 +1,223 @@
+"""What `python sweeps/wd_d20.py` (or `nanoladder sweep FILE`) does with its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanochat_model.errors import ConfigError
+from nanochat_model.record import RunRecord
+from nanoladder.ladder import Ladder, execute_ladder
+from nanoladder.settings import apply_settings
+from nanoladder.sweep import Sweep
+from nanoladder.workspace import Workspace
+
+EXAMPLES = """
+examples:
+  %(prog)s --dry-run                         every trial's N, D, batch, steps, FLOPs, memory and time
+  %(prog)s --dry-run --device mi300x --json  the same for that card, for a machine
+  %(prog)s --storage runs                    run it here; what is recorded under runs/ is skipped
+  %(prog)s --set num_trials=8 --set eval.every_steps=100
+  %(prog)s --address auto --storage /shared/runs   on the Ray cluster of this machine's head node
+
+Interrupted, it goes on where it was when the same command is given again.
+"""
+INTERRUPTED = 130
+
+
+def run_sweep(sweep: Sweep | Ladder, argv: Sequence[str] | None = None) -> int:
+    """Run a sweep or a ladder as its command line says; returns 0, or exits with 1 (failed runs), 2 (bad input), 130 (Ctrl-C).
+
+    Called with `argv` it returns the exit status instead of exiting.
+    """
+    try:
+        status = _run(sweep, list(sys.argv[1:] if argv is None else argv))
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; what is recorded stays, the same command goes on from there", file=sys.stderr)
+        status = INTERRUPTED
+    if argv is None and status:
+        sys.stdout.flush()
+        sys.exit(status)
+    return status
+
+
+def load_sweep(path: str | Path) -> Sweep | Ladder:
+    """The Sweep or Ladder that a file defines (as SWEEP or LADDER, or the only one it defines). Importing runs nothing."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no sweep file at {path}; give a Python file that defines SWEEP = Sweep(...)")
+    spec = importlib.util.spec_from_file_location(f"sweep_file_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file; give one that defines SWEEP = Sweep(...)")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(f"{path} cannot be imported ({type(e).__name__}: {e}); mend it, or give another file") from e
+    finally:
+        sys.path.remove(str(path.parent))
+    found = [v for v in vars(module).values() if isinstance(v, Sweep | Ladder)]
+    for name in ("SWEEP", "LADDER"):
+        named = getattr(module, name, None)
+        if isinstance(named, Sweep | Ladder):
+            return named
+    if len(found) == 1:
+        return found[0]
+    raise ConfigError(f"{path} defines {len(found)} sweeps and none is named SWEEP; name the one to run SWEEP")
+
+
+def _run(target: Sweep | Ladder, argv: list[str]) -> int:
+    args = _parser(target).parse_args(argv)
+    target = apply_settings(target, _parse_settings(args.set))
+    workspace = Workspace(args.storage)
+    if args.dry_run:
+        return _dry_run(target, workspace, args)
+    _end_on_sigterm()
+    options: dict[str, Any] = {
+        "address": args.address,
+        "max_concurrent": args.max_concurrent,
+        "num_cpus": args.num_cpus,
+        "mlflow_uri": args.mlflow,
+    }
+    from nanoladder.ray_init import shutdown_ray
+
+    try:
+        return _run_ladder(target, workspace, options) if isinstance(target, Ladder) else _run_one(target, workspace, options)
+    finally:
+        shutdown_ray()
+
+
+def _parser(target: Sweep | Ladder) -> argparse.ArgumentParser:
+    source = f"\nSource: {target.source}" if target.source else ""
+    parser = argparse.ArgumentParser(
+        description=f"{target.name}: {target.question}{source}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run and what it costs, and run nothing")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: JSON instead of a table")
+    parser.add_argument("--device", default="", help="with --dry-run: the device to reckon with, for example h100 or cpu")
+    parser.add_argument("--storage", default="runs", metavar="DIR", help="root folder of data, runs and results (runs)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the sweep, or override one of its runs"
+    )
+    parser.add_argument("--max-concurrent", type=int, metavar="N", help="trials at a time (default: as many as fit)")
+    parser.add_argument("--num-cpus", type=int, metavar="N", help="CPUs of the local Ray (default: those of this machine)")
+    parser.add_argument("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a Ray of its own)")
+    parser.add_argument("--mlflow", metavar="URI", help="tracking server or database; '' for none (default: in the storage root)")
+    return parser
+
+
+def _parse_settings(items: Sequence[str]) -> dict[str, str]:
+    from nanoladder.cli.common import parse_overrides
+
+    return parse_overrides(items)
+
+
+def _end_on_sigterm() -> None:
+    """A job that is told to end stops as on Ctrl-C: its trials end with it."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def _dry_run(target: Sweep | Ladder, workspace: Workspace, args: argparse.Namespace) -> int:
+    from nanoladder.cells import check_sweep
+    from nanoladder.cli.common import print_json
+    from nanoladder.dry_run import plan_sweep, print_plan
+    from nanoladder.execute import recent_records, shards_of
+
+    sweeps = [target] if isinstance(target, Sweep) else [target.stage_sweep(s, target.variants) for s in target.stages]
+    built = (workspace.shards_dir / "manifest.json").is_file()
+    recorded = frozenset(p.parent.name for p in workspace.record_paths())
+    plans = []
+    for sweep in sweeps:
+        data = shards_of(sweep, workspace) if built else None
+        check_sweep(sweep, data)
+        device = args.device or sweep.device or "cpu"
+        plans.append(plan_sweep(sweep, device=device, data=data, records=recent_records(workspace), recorded=recorded))
+    if args.json:
+        print_json([p.as_dict() for p in plans] if isinstance(target, Ladder) else plans[0].as_dict())
+        return 0
+    for plan in plans:
+        print_plan(plan)
+    if len(plans) > 1:
+        print("Stages after the first get only the candidates that won before: what is shown for them is the most it can be.")
+    if not built:
+        print(f"No token shards under {workspace.root} yet; build them with: nanoladder data --storage {workspace.root}")
+    return 0
+
+
+def _run_one(sweep: Sweep, workspace: Workspace, options: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    from nanoladder.execute import execute_sweep
+    from nanoladder.terminal import TerminalLines, progress_bar
+
+    console = Console(highlight=False)
+    with progress_bar(console, sweep.name) as (lines, bar):
+        records = execute_sweep(sweep, workspace, listeners=[TerminalLines(lines)], progress=bar, **options)
+    return _summary(sweep, workspace, records)
+
+
+def _summary(sweep: Sweep, workspace: Workspace, records: Sequence[RunRecord]) -> int:
+    from nanoladder.cli.common import print_table
+    from nanoladder.space import format_values
+    from nanoladder.sweep_index import INDEX_FILE, read_index
+
+    index = read_index(workspace.sweep_dir(sweep.name))
+    best: dict[str, dict[str, Any]] = {}
+    sign = -1.0 if sweep.direction == "maximize" else 1.0
+    for row in index["trials"]:
+        value = row[sweep.metric]
+        if row["status"] == "complete" and value is not None:
+            held = best.get(row["cell"])
+            if held is None or sign * value < sign * held[sweep.metric]:
+                best[row["cell"]] = row
+    rows = [(cell, format_values(r["values"]) or "–", f"{r[sweep.metric]:.4f}", r["run_id"]) for cell, r in best.items()]
+    print_table(("cell", "best", sweep.metric, "run"), rows, right=(sweep.metric,))
+    failed = [r for r in records if r.status == "failed"]
+    print(f"{len(records)} runs, {len(failed)} failed; index: {workspace.sweep_dir(sweep.name) / INDEX_FILE}")
+    print(f"look further: mlflow ui --backend-store-uri {workspace.mlflow_uri}   optuna: {workspace.optuna_uri}")
+    return 1 if failed else 0
+
+
+def _run_ladder(ladder: Ladder, workspace: Workspace, options: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    from nanoladder.promote import PROMOTIONS_FILE
+    from nanoladder.terminal import TerminalLines, progress_bar
+
+    console = Console(highlight=False)
+    with progress_bar(console, ladder.name) as (lines, bar):
+        promotions = execute_ladder(ladder, workspace, listeners=[TerminalLines(lines)], progress=bar, **options)
+    for p in promotions:
+        console.print(f"[bold]{p.stage}[/] {p.change}: {p.reason}", soft_wrap=True)
+        console.print(f"  [dim]{p.summary}[/]", soft_wrap=True)
+    reached = {p.stage for p in promotions}
+    for stage in ladder.stages:
+        if stage.name not in reached:
+            console.print(f"[bold]{stage.name}[/] not reached: no candidate won the stage before", soft_wrap=True)
+    print(f"verdicts: {workspace.sweep_dir(ladder.name) / PROMOTIONS_FILE}")
+    return 0
+
+
+__all__ = ["load_sweep", "run_sweep"]
+
+if __name__ == "__main__":
+    sys.exit(f"{os.path.basename(__file__)} is run by sweep files; try: python sweeps/wd_d12.py --help")
