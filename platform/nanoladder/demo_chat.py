@@ -1,4 +1,4 @@
-"""The demo's last steps in this process: fine-tune the production model on the project's own conversations, and ask it something."""
+"""The demo's last steps, in this process: fine-tune the production model on the project's conversations, and ask it something."""
 
 from __future__ import annotations
 

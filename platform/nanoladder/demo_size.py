@@ -28,22 +28,23 @@ class DemoSize:
     curve_points: int = 8  # evaluations of a production run
     # isoFLOP: a budget and its models, whose N spans the optimum
     isoflop: tuple[tuple[float, tuple[Shape, ...]], ...] = (
-        (4.0e11, ((1, 24), (1, 32), (2, 32), (1, 48), (2, 48), (1, 64))),
-        (8.6e11, ((1, 32), (1, 48), (2, 48), (1, 64), (2, 64), (1, 96))),
-        (1.9e12, ((1, 48), (1, 64), (2, 64), (1, 96), (2, 96), (2, 128))),
-        (4.0e12, ((1, 64), (2, 64), (2, 96), (3, 96), (2, 128), (3, 128))),
+        (5.0e11, ((1, 24), (1, 32), (1, 48), (1, 64), (1, 80))),
+        (1.08e12, ((1, 32), (1, 48), (1, 64), (1, 96), (1, 128))),
+        (2.32e12, ((1, 48), (1, 64), (1, 96), (1, 128), (1, 160))),
+        (5.0e12, ((1, 64), (1, 96), (1, 128), (1, 160), (1, 192))),
     )
     noise_seeds: tuple[int, ...] = (1, 2)  # further seeds of one middle cell
-    noise_cell: tuple[float, Shape] = (8.6e11, (2, 48))
-    weight_decay_cells: tuple[tuple[Shape, float], ...] = (((1, 48), 0.7e6), ((2, 64), 0.7e6), ((3, 96), 0.7e6))  # shape, tokens
-    weight_decay_multipliers: tuple[float, ...] = (0.25, 1.0, 4.0, 16.0)
-    batch_cells: tuple[tuple[Shape, float], ...] = (((1, 48), 0.4e6), ((1, 48), 0.8e6), ((1, 48), 1.6e6))
+    noise_cell: tuple[float, Shape] = (1.08e12, (1, 64))
+    # shape, tokens: width and tokens vary apart from each other, so that the weight-decay law can tell them apart
+    weight_decay_cells: tuple[tuple[Shape, float], ...] = (((1, 32), 0.4e6), ((1, 32), 1.6e6), ((2, 48), 0.4e6), ((3, 64), 0.8e6))
+    weight_decay_multipliers: tuple[float, ...] = (0.25, 1.0, 4.0)
+    batch_cells: tuple[tuple[Shape, float], ...] = (((1, 32), 0.3e6), ((1, 32), 0.75e6), ((1, 32), 1.9e6))
     batch_multipliers: tuple[float, ...] = (0.5, 1.0, 2.0)
     lr_multipliers: tuple[float, ...] = (0.5, 1.0, 2.0)
-    promotion_cells: tuple[tuple[Shape, float], ...] = (((1, 48), 0.4e6), ((2, 64), 0.8e6))
+    promotion_cells: tuple[tuple[Shape, float], ...] = (((1, 48), 0.4e6), ((2, 64), 0.5e6))
     promotion_seeds: tuple[int, ...] = (0, 1)
     production_factor: float = 4.0  # of the largest budget
-    production_shapes: tuple[Shape, ...] = ((2, 96), (3, 96), (2, 128), (3, 128), (4, 128), (3, 160), (4, 160), (3, 192), (4, 192))
+    production_shapes: tuple[Shape, ...] = ((1, 128), (1, 160), (1, 192), (1, 224), (1, 256))
     production_checkpoints: int = 4
     sft_conversations: int = 1500
     sft_epochs: float = 1.0
@@ -59,10 +60,9 @@ class DemoSize:
         return max(budget for budget, _ in self.isoflop)
 
     def model(self, shape: Shape) -> GPTConfig:
-        """Heads of 16 channels: one number for all widths, since a change of head size moves the loss as much as a size step."""
+        """Heads of 32 channels, and never fewer than two: one head costs more loss than a size step gains."""
         depth, width = shape
-        head_dim = 16 if width % 16 == 0 else width
-        heads = width // head_dim
+        heads = max(2, width // 32)
         return GPTConfig(
             depth=depth,
             model_dim=width,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import canonical_json, run_id
 from nanochat_model.record import RECORD_FILE, RunRecord
+from nanoladder.laws_to_recipe import RuleUse
 from nanoladder.plan import LossPrediction
 from nanoladder.workspace import Workspace
 
