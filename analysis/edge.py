@@ -51,14 +51,17 @@ def next_grid(
 ) -> Extension | None:
     """What to run next for a sweep over one knob, or None when its optimum is inside or it was extended twice already.
 
-    `values`, `losses` (n,): the knob and the loss of every run (repeat a value for replicates). `noise_sd`: relative seed noise,
-    with which the vertex' and the curvature's interval count as well; without it and without spare points only the argmin does.
+    `values`, `losses` (n,): the knob and the loss of every run (repeat a value for replicates), or another metric to be made
+    small; where it is not positive its own value takes the place of the logarithm. `noise_sd`: relative seed noise, with which
+    the vertex' and the curvature's interval count as well; without it and without spare points only the argmin does.
     """
     if extensions_done >= MAX_EXTENSIONS:
         return None
     x, y = np.asarray(values, dtype=float), np.asarray(losses, dtype=float)
-    good = np.isfinite(x) & np.isfinite(y) & (x >= 0) & (y > 0)
+    good = np.isfinite(x) & np.isfinite(y) & (x >= 0)
     x, y = x[good], y[good]
+    if (y <= 0).any():
+        y = np.exp(y - y.max())
     if len(np.unique(x[x > 0])) < 2:
         return None
     if (x == 0).any() and y[x == 0].mean() < min(y[x == v].mean() for v in np.unique(x[x > 0])):

@@ -128,6 +128,8 @@ def test_next_grid_extends_twice_then_stops():
     diverged = next_grid(x, [1.0, np.nan, 1.1, np.inf])
     assert diverged is not None and diverged.side == "low"
     assert next_grid([1.0, 1.0], [2.0, 2.1]) is None  # one value: nothing to extend by
+    score = next_grid(x, [-0.21, -0.22, -0.24, -0.25])  # a score to be made large, with its sign turned
+    assert score is not None and score.side == "high"
 
 
 def test_next_grid_with_noise_also_distrusts_a_vague_vertex():
