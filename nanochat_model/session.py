@@ -93,6 +93,8 @@ def build_stepper(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks) -> 
             "ranks; raise batch_tokens or use fewer processes"
         )
     device = devices.choose_device(runtime.device, ranks.local_rank)
+    if config.fp8 != "off" and device.type != "cuda":
+        raise ConfigError(f"fp8 {config.fp8!r} needs a GPU with fp8 units, the device is {device}; set fp8=off")
     devices.tune_process(runtime.num_threads)
     model = GPT(config.model, compute_dtype=DTYPES[config.compute_dtype], attention=runtime.attention, fp8=config.fp8)
     model = model.init_weights(config.seed).to(device)

@@ -312,6 +312,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
     sys.exit(1 if record is not None and record.status == "failed" else 0)
 
 
