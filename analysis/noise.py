@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import stats
 
 REPLICATE_KEY = ("N", "D", "B", "lr", "weight_decay", "width", "depth", "sequence_len", "variant", "comparable_hash")
+LISTED_CELLS = 200
 FEW_DF = 2  # below this the chi-square interval spans over a decade
 HETEROGENEOUS_P = 0.01
 
@@ -26,7 +27,9 @@ class SeedNoise:
     level: float = 0.9
     status: str = "converged"  # or too_few
     message: str = ""
-    cells: tuple[dict[str, Any], ...] = ()  # {n, sd, loss, N, D, run_ids}
+    num_runs: int = 0
+    num_cells: int = 0
+    cells: tuple[dict[str, Any], ...] = ()  # the largest 200: {n, sd, loss, N, D, run_ids}
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "cells": [dict(c) for c in self.cells]}
@@ -43,46 +46,40 @@ def estimate_noise(frame: pd.DataFrame, *, level: float = 0.9) -> SeedNoise | No
         return None
     has_hash = (seeded["cell"] != "").all()
     keys = [seeded["cell"]] if has_hash else [seeded[c].astype(object).fillna("") for c in REPLICATE_KEY]
-    cells: list[dict[str, Any]] = []
-    total, df = 0.0, 0
-    groups: list[np.ndarray] = []
     counts = seeded["seed"].groupby(keys).transform("nunique")
     repeated = seeded[counts >= 2]
-    for _, cell in repeated.groupby([k[counts >= 2] for k in keys], sort=False):
-        logs = np.log(cell["L"].to_numpy())
-        spread = float(((logs - logs.mean()) ** 2).sum())
-        total, df = total + spread, df + len(logs) - 1
-        groups.append(logs)
-        cells.append(
-            {
-                "n": len(logs), "sd": float(np.sqrt(spread / (len(logs) - 1))), "loss": float(np.exp(logs.mean())),
-                "N": float(cell["N"].iloc[0]), "D": float(cell["D"].iloc[0]), "run_ids": [r for r in cell["run_id"] if r],
-            }
-        )  # fmt: skip
-    if not cells:
+    if repeated.empty:
         return None
+    number = repeated["L"].groupby([k[counts >= 2] for k in keys], sort=False).ngroup().to_numpy()
+    logs = np.log(repeated["L"].to_numpy())
+    size = np.bincount(number)
+    mean = np.bincount(number, logs) / size
+    spread = np.bincount(number, (logs - mean[number]) ** 2)
+    total, df = float(spread.sum()), int((size - 1).sum())
     sd = float(np.sqrt(total / df))
     low, high = (float(np.sqrt(total / stats.chi2.ppf(q, df))) for q in ((1 + level) / 2, (1 - level) / 2))
     enough = df >= FEW_DF
-    message = f"{sum(c['n'] for c in cells)} runs in {len(cells)} cells, {df} degrees of freedom"
+    message = f"{len(logs)} runs in {len(size)} cells, {df} degrees of freedom"
     if not enough:
         message += "; one pair of seeds says little, run at least 3 seeds at one middle cell"
-    big = [g for g in groups if len(g) >= 3 and np.ptp(g) > 0]
-    if len(big) >= 2 and stats.bartlett(*big).pvalue < HETEROGENEOUS_P:
-        worst, best = max(cells, key=lambda c: c["sd"]), min(cells, key=lambda c: c["sd"])
-        message += (
-            f"; it is not the same everywhere ({best['sd']:.2%} at N={best['N']:.3g}, {worst['sd']:.2%} at N={worst['N']:.3g})"
-        )
+    first = repeated.groupby(number).first()
+    listed = np.argsort(-size, kind="stable")[:LISTED_CELLS]
+    cells = [
+        {
+            "n": int(size[i]), "sd": float(np.sqrt(spread[i] / (size[i] - 1))), "loss": float(np.exp(mean[i])),
+            "N": float(first["N"][i]), "D": float(first["D"][i]),
+            "run_ids": [r for r in repeated["run_id"][number == i] if r],
+        }
+        for i in listed
+    ]  # fmt: skip
+    big = [i for i in listed if size[i] >= 3 and spread[i] > 0]
+    if len(big) >= 2 and stats.bartlett(*(logs[number == i] for i in big)).pvalue < HETEROGENEOUS_P:
+        calm, wild = (pick((c for c in cells if c["n"] >= 3), key=lambda c: c["sd"]) for pick in (min, max))
+        message += f"; it is not the same everywhere ({calm['sd']:.2%} at N={calm['N']:.3g}, {wild['sd']:.2%} at N={wild['N']:.3g})"
     return SeedNoise(
-        sd=sd,
-        df=df,
-        low=low,
-        high=high,
-        level=level,
-        status="converged" if enough else "too_few",
-        message=message,
-        cells=tuple(cells),
-    )
+        sd=sd, df=df, low=low, high=high, level=level, status="converged" if enough else "too_few", message=message,
+        num_runs=len(logs), num_cells=len(size), cells=tuple(cells),
+    )  # fmt: skip
 
 
 def pool_variance(*parts: tuple[float, float]) -> tuple[float, float]:

@@ -50,6 +50,8 @@ def find_optima(
     """
     usable = frame[(frame[axis] > 0) & np.isfinite(frame[axis])].reset_index(drop=True)
     numbers = cell_numbers(usable, *hold)
+    large = np.bincount(numbers)[numbers] >= 3 if len(numbers) else np.zeros(0, dtype=bool)
+    usable, numbers = usable[large], numbers[large]
     groups = []
     for _, cell in usable.groupby(numbers, sort=True):
         if cell[axis].nunique() >= 3:
