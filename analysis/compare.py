@@ -177,6 +177,18 @@ def compare_runs(
     return compare_recipes(sides[0], sides[1], **options)
 
 
+def frontier_slope(frontier: Mapping[str, Any], flops: float) -> tuple[float, float]:
+    """(s, standard error): s = −d log L/d log C = γ·r/(E + r) with r = κ0·(C/C0)^−γ, at `flops`, from the allocation's frontier
+    block. The error is that of γ's interval. DataError when no frontier was fitted."""
+    if not frontier or frontier.get("gamma") is None:
+        raise DataError("no frontier was fitted; compare without a slope, or run at least three budgets")
+    falling = frontier["kappa0"] * (flops / frontier["C0"]) ** -frontier["gamma"]
+    s = frontier["gamma"] * falling / (frontier["E"] + falling)
+    interval = (frontier.get("intervals") or {}).get("gamma")
+    relative = (interval[1] - interval[0]) / (2 * stats.norm.ppf(0.95)) / frontier["gamma"] if interval else 0.0
+    return float(s), float(s * relative)
+
+
 def _difference(baseline: Mapping[int, float], candidate: Mapping[int, float], noise: SeedNoise | None) -> _Difference:
     logs = []
     for name, side in (("baseline", baseline), ("candidate", candidate)):

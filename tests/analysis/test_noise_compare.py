@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from synthetic_ladder import DEMO, write_ladder
 
-from analysis.compare import compare_recipes, compare_runs, promotion_test
+from analysis.compare import compare_recipes, compare_runs, frontier_slope, promotion_test
 from analysis.errors import DataError
 from analysis.noise import SeedNoise, estimate_noise
 from analysis.table import load_records, table_from_frame
@@ -158,6 +158,20 @@ def test_slope_from_the_curves_when_no_frontier_is_given():
     assert "own curves" in result.axes["flops"].slope_source
     with pytest.raises(DataError, match="do not fall"):
         compare_recipes({0: curve(1e18)[::-1] * [1, 1, 1, 1, 1]}, base)
+
+
+def test_slope_of_a_frontier_is_its_log_derivative():
+    frontier = {"E": 1.6, "kappa0": 0.9, "C0": 1e18, "gamma": 0.15, "intervals": {"gamma": [0.12, 0.18]}}
+
+    def log_loss(log_c: float) -> float:
+        return float(np.log(1.6 + 0.9 * (np.exp(log_c) / 1e18) ** -0.15))
+
+    x = np.log(3e19)
+    slope, error = frontier_slope(frontier, 3e19)
+    assert slope == pytest.approx(-(log_loss(x + 1e-5) - log_loss(x - 1e-5)) / 2e-5, rel=1e-6)
+    assert error == pytest.approx(slope * 0.06 / (2 * 1.645) / 0.15, rel=1e-3)
+    with pytest.raises(DataError, match="no frontier was fitted"):
+        frontier_slope({}, 1e18)
 
 
 def test_comparing_runs_of_a_table(tmp_path):
