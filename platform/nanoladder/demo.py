@@ -69,7 +69,7 @@ def demo_stages(size: DemoSize, workspace: Workspace) -> list[Stage]:
             title="promotion: win small, validate larger",
             run=ladder.promotion,
             parents=("shards",),
-            inputs=ladder.inputs("eval_tokens", "promotion_cells", "promotion_seeds"),
+            inputs=ladder.inputs("eval_tokens", "promotion_cells", "promotion_variants", "promotion_seeds", "promotion_eval_steps"),
             outputs=ladder.run_outputs,
         ),
         Stage(

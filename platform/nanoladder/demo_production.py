@@ -15,7 +15,7 @@ from nanochat_model.identity import content_hash, from_dict, run_id, write_atomi
 from nanochat_model.record import RECORD_FILE, RunRecord
 from nanoladder.demo_stages import DemoStages
 from nanoladder.laws_to_recipe import best_model
-from nanoladder.outcomes import PRODUCTION, prediction_facts, read_prediction, read_production
+from nanoladder.outcomes import PRODUCTION, prediction_facts, read_prediction, read_production, read_promotions
 from nanoladder.plan import LossPrediction, predict
 from nanoladder.stages import Facts, Progress
 
@@ -110,7 +110,7 @@ class ProductionStages:
             load_records(workspace.record_paths()),
             workspace.report_path,
             production=read_production(workspace),
-            promotions=facts.get("promotion", {}).get("promotions"),
+            promotions=read_promotions(workspace),
             title="nanoladder demo",
         )
         size = workspace.report_path.stat().st_size

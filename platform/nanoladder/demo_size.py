@@ -6,6 +6,8 @@ near 85 thousand at 1e12 FLOPs; depth × 64 is too coarse there, so models are (
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nanochat_model.config import ComputeDtype, EvalConfig, GPTConfig, OptimizerConfig, ScheduleConfig
@@ -26,12 +28,12 @@ class DemoSize:
     val_fraction: float = 0.05
     eval_tokens: int = 65_536
     curve_points: int = 8  # evaluations of a production run
-    # isoFLOP: a budget and its models, whose N spans the optimum
+    # isoFLOP: a budget and its models, whose N spans the optimum; one family (depth 1), so that size is all that differs
     isoflop: tuple[tuple[float, tuple[Shape, ...]], ...] = (
-        (5.0e11, ((1, 24), (1, 32), (1, 48), (1, 64), (1, 80))),
-        (1.08e12, ((1, 32), (1, 48), (1, 64), (1, 96), (1, 128))),
-        (2.32e12, ((1, 48), (1, 64), (1, 96), (1, 128), (1, 160))),
-        (5.0e12, ((1, 64), (1, 96), (1, 128), (1, 160), (1, 192))),
+        (5.0e11, ((1, 24), (1, 32), (1, 40), (1, 48), (1, 64), (1, 80))),
+        (1.08e12, ((1, 32), (1, 40), (1, 48), (1, 64), (1, 80), (1, 96))),
+        (2.32e12, ((1, 32), (1, 48), (1, 64), (1, 80), (1, 96), (1, 112))),
+        (5.0e12, ((1, 48), (1, 64), (1, 80), (1, 96), (1, 112), (1, 144))),
     )
     noise_seeds: tuple[int, ...] = (1, 2)  # further seeds of one middle cell
     noise_cell: tuple[float, Shape] = (1.08e12, (1, 64))
@@ -41,10 +43,18 @@ class DemoSize:
     batch_cells: tuple[tuple[Shape, float], ...] = (((1, 32), 0.3e6), ((1, 32), 0.75e6), ((1, 32), 1.9e6))
     batch_multipliers: tuple[float, ...] = (0.5, 1.0, 2.0)
     lr_multipliers: tuple[float, ...] = (0.5, 1.0, 2.0)
-    promotion_cells: tuple[tuple[Shape, float], ...] = (((1, 48), 0.4e6), ((2, 64), 0.5e6))
-    promotion_seeds: tuple[int, ...] = (0, 1)
+    promotion_cells: tuple[tuple[Shape, float], ...] = (((1, 32), 0.3e6), ((2, 48), 0.6e6))  # small, large
+    promotion_variants: Mapping[str, Mapping[str, float]] = field(
+        default_factory=lambda: {
+            "half the batch": {"batch_multiplier": 0.5},
+            "decay to zero": {"schedule.final_lr_fraction": 0.0},
+            "nanochat's scalar rates": {"optimizer.scalar_lr": 0.5, "optimizer.smear_lr": 0.2},
+        }
+    )
+    promotion_seeds: tuple[int, ...] = (0, 1, 2)
+    promotion_eval_steps: int = 150
     production_factor: float = 4.0  # of the largest budget
-    production_shapes: tuple[Shape, ...] = ((1, 128), (1, 160), (1, 192), (1, 224), (1, 256))
+    production_shapes: tuple[Shape, ...] = ((1, 96), (1, 112), (1, 128), (1, 144), (1, 160), (1, 192))
     production_checkpoints: int = 4
     sft_conversations: int = 1500
     sft_epochs: float = 1.0
@@ -60,9 +70,10 @@ class DemoSize:
         return max(budget for budget, _ in self.isoflop)
 
     def model(self, shape: Shape) -> GPTConfig:
-        """Heads of 32 channels, and never fewer than two: one head costs more loss than a size step gains."""
+        """Heads as near to 16 channels as divides the width: a jump of head size moves the loss as much as a size step."""
         depth, width = shape
-        heads = max(2, width // 32)
+        head_dims = [d for d in range(2, width + 1, 2) if width % d == 0]
+        heads = width // min(head_dims, key=lambda d: abs(math.log(d / 16)))
         return GPTConfig(
             depth=depth,
             model_dim=width,

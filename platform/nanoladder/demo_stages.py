@@ -96,7 +96,10 @@ class DemoStages:
         result = execute_ladder(
             ladder, self.workspace, data=self.data(), progress=self._show(progress), max_concurrent=self.size.concurrent_trials
         )
-        return self.promotion_facts(result)
+        run_ids = sorted({run for p in result for run in (*p.run_ids, *p.baseline_run_ids)})
+        verdicts = ", ".join(f"{p.change} ({p.stage}): {p.verdict}" for p in result)
+        plain = [p.as_dict() for p in result]
+        return {"hash": content_hash([run_ids, verdicts]), "run_ids": run_ids, "promotions": plain, "summary": verdicts}
 
     def isoflop(self, facts: Mapping[str, Facts], progress: Progress) -> Facts:
         """The isoFLOP grid and the seeds, each cell by the recipe that the tuning laws give."""

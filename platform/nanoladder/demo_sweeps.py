@@ -9,6 +9,7 @@ from nanochat_model.hardware import cpu_has_bf16
 from nanochat_model.horizon import Horizon
 from nanochat_model.recipe import Recipe
 from nanoladder.demo_size import DEMO_RECIPE, DemoSize, Shape
+from nanoladder.ladder import Ladder, Stage
 from nanoladder.space import Grid
 from nanoladder.sweep import Cell, Purpose, Sweep
 
@@ -93,3 +94,21 @@ def batch(size: DemoSize = DEMO, recipe: Recipe | None = None) -> Sweep:
     )
     space = {"batch_multiplier": Grid(size.batch_multipliers), "lr_multiplier": Grid(size.lr_multipliers)}
     return replace(sweep, space=space)
+
+
+def promotion(size: DemoSize = DEMO, recipe: Recipe | None = None) -> Ladder:
+    """Which changes of the recipe win at a small size, and still win at a larger one?"""
+    small, large = _token_cells(size, size.promotion_cells)
+    return Ladder(
+        name="demo_promotion",
+        question="Which changes of the recipe win at a small size, and still win at a larger one?",
+        source="nanochat's log: gains tuned at d12 shrink or turn at d20",
+        recipe=recipe or demo_recipe(size),
+        variants=size.promotion_variants,
+        stages=(Stage(name="small", cells=(small,)), Stage(name="large", cells=(large,))),
+        seeds=size.promotion_seeds,
+        overrides={"eval.every_steps": size.promotion_eval_steps},
+        packing="keep_remainder",
+        backend="actor",
+        runtime=TRIAL_RUNTIME,
+    )

@@ -72,3 +72,11 @@ def read_production(workspace: Workspace) -> dict[str, Any] | None:
         record = RunRecord.load(folder)
         facts |= {"measured": record.val_bpb, "seconds": record.train_seconds}
     return facts
+
+
+def read_promotions(workspace: Workspace) -> list[dict[str, Any]]:
+    """The verdicts of every ladder under the root, in the order of their names."""
+    from nanoladder.promote import PROMOTIONS_FILE
+    from nanoladder.promote import read_promotions as read_file
+
+    return [p for path in sorted((workspace.root / "sweeps").rglob(PROMOTIONS_FILE)) for p in read_file(path)]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
 from nanochat_model.errors import ConfigError
 from nanoladder.cli.common import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from nanochat_model.config import Packing
 
 Checkpoint = Annotated[str, tyro.conf.arg(metavar="PATH", help="A checkpoint, or a run's folder (its newest intact checkpoint).")]
 
@@ -135,7 +138,9 @@ class Eval:
                 f"shards at {shards_path} have {shards.vocab_size} ids, the model {model.config.vocab_size}; give its own"
             )
         wanted = self.num_tokens or (state.config.eval.num_tokens if state.config is not None else 0) or 1 << 20
-        loader = Loader(shards, split="val", packing=packing, sequence_len=model.config.sequence_len, rows_per_batch=1, seed=0)
+        loader = Loader(
+            shards, split="val", packing=cast("Packing", packing), sequence_len=model.config.sequence_len, rows_per_batch=1, seed=0
+        )
         rows = loader.validation(wanted)
         value = evaluate_bpb(model.eval(), rows, shards.token_bytes)
         return {"val_bpb": value, "num_tokens": int(rows[0].size), "packing": packing, "manifest_hash": shards.manifest_hash}
