@@ -2,41 +2,39 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
+import random
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import rank_jobs
 from tiny_run import RUNTIME, tiny_config, tiny_shards
 
 from nanochat_model import distributed
 from nanochat_model.errors import ConfigError
 from nanochat_model.train import pretrain
 
-SUPPORT = Path(__file__).parents[1] / "support"
 # The scalars are held still: at initialization every layer's output is parallel to the embedding, so their first gradients are
 # rounding alone, and AdamW (eps 1e-10) makes full steps of the signs; losses then agree to 1e-3 only, whatever adds them up.
 STILL = {"optimizer__scalar_lr": 1e-9, "optimizer__smear_lr": 1e-9}
 
 
 def start_ranks(world_size: int, folder: Path, config: Any) -> list[dict[str, Any]]:
-    """Run rank_jobs.py in `world_size` processes; what each of them wrote."""
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port()),
-              "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SUPPORT}:{SUPPORT.parents[1]}"}  # fmt: skip
-    command = [sys.executable, str(SUPPORT / "rank_jobs.py"), str(folder / "config.json"), str(folder)]
-    processes = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE)
-        for r in range(world_size)
-    ]
+    """Run rank_jobs.run_rank in `world_size` processes, forked from a server that imported torch once; what each wrote."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_jobs"])
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}
+    environments = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world_size)]
+    processes = [context.Process(target=rank_jobs.run_rank, args=(e, config, folder)) for e in environments]
     try:
         for p in processes:
-            _, errors = p.communicate(timeout=240)
-            assert p.returncode == 0, errors.decode()[-3000:]
+            p.start()
+        for p in processes:
+            p.join(timeout=240)
+            assert p.exitcode == 0, f"a rank ended with {p.exitcode}; its traceback is on standard error"
     finally:
         for p in processes:
             p.kill()
@@ -47,19 +45,16 @@ def start_ranks(world_size: int, folder: Path, config: Any) -> list[dict[str, An
 def alone() -> dict[str, Any]:
     import tempfile
 
-    from rank_jobs import train
-
     with tempfile.TemporaryDirectory() as folder:
-        return train(tiny_config(**STILL), Path(folder) / "run")
+        return rank_jobs.train(tiny_config(**STILL), Path(folder) / "run")
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """Results of every rank; `resumed` starts from a checkpoint of step 6 that one process wrote."""
     folder = tmp_path_factory.mktemp(f"world{request.param}")
-    from rank_jobs import Losses
 
-    class Crash(Losses):
+    class Crash(rank_jobs.Losses):
         def on_step(self, info) -> None:
             if info.step == 8:
                 raise InterruptedError
@@ -67,6 +62,10 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with pytest.raises(InterruptedError):
         saving = dataclasses.replace(RUNTIME, checkpoint_every_steps=6)
         pretrain(tiny_config(**STILL), saving, run_dir=folder / "resumed", callbacks=[Crash()])
+    pretrain(tiny_config(**STILL, num_steps=3), RUNTIME, run_dir=folder / "base")
+    rng = random.Random(0)
+    talks = [[{"role": "user", "content": "ab"}, {"role": "assistant", "content": rng.choice("cdefg")}] for _ in range(30)]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, talks)))
     return folder, start_ranks(request.param, folder, tiny_config(**STILL))
 
 
@@ -100,9 +99,7 @@ def test_resumes_on_another_number_of_ranks(ranks: tuple[Path, list[dict[str, An
     (folder / "whole" / "record.json").unlink()
     last = folder / "whole" / "checkpoints" / "step_000012"
     last.rename(last.with_name("set-aside"))
-    from rank_jobs import train
-
-    back = train(tiny_config(**STILL), folder / "whole")
+    back = rank_jobs.train(tiny_config(**STILL), folder / "whole")
     np.testing.assert_allclose(back["losses"], alone()["losses"][6:], rtol=2e-5)
 
 
@@ -121,6 +118,11 @@ def test_lasting_trouble_on_one_rank_fails_all_and_is_located(ranks: tuple[Path,
 def test_a_stop_on_one_rank_stops_all_at_the_same_step(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     for result in ranks[1]:
         assert result["stopped"]["status"] == "stopped" and len(result["stopped"]["losses"]) == 5
+
+
+def test_fine_tuning_is_the_same_on_one_rank(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Ranks with different numbers of supervised targets still make one mean over the batch."""
+    np.testing.assert_allclose(ranks[1][0]["sft"], rank_jobs.tune(ranks[0]), rtol=2e-5)
 
 
 def test_errors_reach_every_rank(ranks: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -1,11 +1,11 @@
-"""What each process of a multi-rank test does: python rank_jobs.py SHARDS OUT, with torchrun's variables set."""
+"""What each process of a multi-rank test does."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from tiny_run import RUNTIME
 
 from nanochat_model.callbacks import Callback, StepInfo, StopTraining
 from nanochat_model.config import TrainConfig
-from nanochat_model.distributed import on_main, process_group
+from nanochat_model.distributed import current_ranks, on_main, process_group
 from nanochat_model.errors import ConfigError
-from nanochat_model.identity import from_dict
 from nanochat_model.loader import Loader
 from nanochat_model.loop import Stepper
+from nanochat_model.sft import SFTConfig, sft
 from nanochat_model.train import pretrain
 
 
@@ -62,9 +62,9 @@ def poisoned(config: TrainConfig, run_dir: Path, rank: int, last_rank: int, last
         Stepper.forward_backward = real  # type: ignore[method-assign]
 
 
-def main(config_file: str, out: str) -> None:
-    folder = Path(out)
-    config = from_dict(TrainConfig, json.loads(Path(config_file).read_text()))
+def run_rank(environment: dict[str, str], config: TrainConfig, folder: Path) -> None:
+    """Be one rank, as torchrun's variables in `environment` say, and write rank<r>.json."""
+    os.environ.update(environment)
     torch.set_num_threads(1)
     with process_group("cpu") as ranks:
         last = ranks.world_size - 1
@@ -80,9 +80,11 @@ def main(config_file: str, out: str) -> None:
         results: dict[str, Any] = {"whole": train(config, folder / "whole", checkpoint_every_steps=6, diagnostics_every_steps=5)}
         results["tokens"] = tokens[: config.num_steps]
         results["resumed"] = train(config, folder / "resumed")  # from a checkpoint that another world size left there
-        results["skip"] = poisoned(config, folder / "skip", ranks.rank, last, lasting=False)
+        short = dataclasses.replace(config, num_steps=6)
+        results["skip"] = poisoned(short, folder / "skip", ranks.rank, last, lasting=False)
         results["lasting"] = poisoned(dataclasses.replace(config, num_steps=30), folder / "lasting", ranks.rank, last, lasting=True)
         results["stopped"] = train(config, folder / "stopped", stop_at=5 if ranks.rank == last else -1)
+        results["sft"] = tune(folder)
         try:
             train(dataclasses.replace(config, batch_tokens=config.model.sequence_len), folder / "small")
         except ConfigError as e:
@@ -94,5 +96,11 @@ def main(config_file: str, out: str) -> None:
         (folder / f"rank{ranks.rank}.json").write_text(json.dumps(results))
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def tune(folder: Path) -> list[float]:
+    """A short fine-tuning of the run in folder/base on folder/chat.jsonl."""
+    losses = Losses()
+    config = SFTConfig(num_steps=4, val_fraction=0.3)
+    record = sft(config, RUNTIME, base_checkpoint=folder / "base", conversations=folder / "chat.jsonl",
+                 run_dir=folder / f"sft{current_ranks().world_size}", callbacks=[losses])  # fmt: skip
+    assert record.val_loss_after is not None
+    return [*losses.losses, record.val_loss_before, record.val_loss_after]
