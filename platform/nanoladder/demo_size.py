@@ -63,7 +63,7 @@ class DemoSize:
     num_workers: int = 2  # of the production run: processes that share its batch
     threads_per_worker: int = 1
     concurrent_trials: int = 2
-    n_boot: int = 1000
+    n_boot: int = 4000
 
     @property
     def largest_budget(self) -> float:

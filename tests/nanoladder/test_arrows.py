@@ -50,7 +50,7 @@ def test_analysis_needs_no_torch_and_no_model() -> None:
     "code",
     [
         "import nanoladder",
-        "from nanoladder import Cell, GPTConfig, Grid, Horizon, Ladder, LogUniform, Recipe, Stage, Sweep",
+        "from nanoladder import Cell, GPTConfig, Grid, Horizon, LogUniform, Recipe, Sweep",
         "import nanoladder.plan, nanoladder.plan_backwards, nanoladder.laws_to_recipe, nanoladder.workspace",
         "import nanoladder.cli, nanoladder.cli.count, nanoladder.cli.plan, nanoladder.cli.runs, nanoladder.cli.laws",
         "import nanochat_model",

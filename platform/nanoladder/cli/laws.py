@@ -24,6 +24,10 @@ class TableOptions:
     """A CSV or parquet table, nanochat's results.csv, or a folder of runs; left out: the runs of --storage."""
     storage: str = ""
     """Root folder whose runs are read and beside which laws.json and report.html are written."""
+    mlflow: str = ""
+    """Tracking URI of an MLflow whose runs are read instead, for example sqlite:///demo/mlflow.db."""
+    experiment: str = "nanoladder"
+    """With --mlflow: the experiment."""
     params: str = ""
     """Column of N, the parameters, in a table of your own."""
     tokens: str = ""
@@ -57,6 +61,10 @@ class TableOptions:
         """The table of runs. Raises DataError or ConfigError on what cannot be read."""
         from analysis.table import load_csv, load_records
 
+        if self.mlflow:
+            from nanoladder.mlflow_table import load_mlflow
+
+            return load_mlflow(self.mlflow, self.experiment, self.mapping() or None)
         path = Path(self.table) if self.table else None
         if path is not None and path.is_file():
             return load_csv(
@@ -83,6 +91,7 @@ class Fit:
     """Fit the laws to run records, or to any table with parameters, tokens and loss, and write laws.json.
 
     Example: nanoladder fit --storage demo --json
+
     A table of your own: nanoladder fit runs.csv --params N --tokens D --loss loss --out laws.json
     """
 
@@ -91,7 +100,7 @@ class Fit:
     """Where to write laws.json; left out: beside the runs of --storage, else nowhere."""
     target_flops: float | None = None
     """Also predict the loss at this compute."""
-    n_boot: int = 1000
+    n_boot: int = 4000
     """Bootstrap resamples."""
     seed: int = 0
     json: Json = False
@@ -123,6 +132,7 @@ class Report:
     """Laws and runs as one self-contained HTML page.
 
     Example: nanoladder report --storage demo
+
     A table of your own: nanoladder report runs.csv --params N --tokens D --loss loss --out report.html
     """
 
@@ -132,8 +142,8 @@ class Report:
     out: str = ""
     """Where to write the page; left out: report.html beside the runs of --storage."""
     title: str = "Scaling laws"
-    mlflow: str = ""
-    """Address of an MLflow page that runs should link to, for example http://127.0.0.1:5000."""
+    mlflow_page: str = ""
+    """Page of an MLflow experiment that runs should link to, for example http://127.0.0.1:5000/#/experiments/1."""
     markdown: bool = False
     """Print the facts as Markdown instead of writing the page."""
     json: Json = False
@@ -156,7 +166,7 @@ class Report:
         out = (
             Path(self.out) if self.out else (Workspace(self.data.storage).report_path if self.data.storage else Path("report.html"))
         )
-        write_report(laws, table, out, title=self.title, mlflow_uri=self.mlflow or None, **extra)
+        write_report(laws, table, out, title=self.title, mlflow_uri=self.mlflow_page or None, **extra)
         print(f"written: {out}")
 
     def recorded(self) -> dict[str, Any]:
