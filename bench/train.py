@@ -261,7 +261,17 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title=f"training speed on {rows[0]['device']}")
-    for column in ("variant", "tok/s", "step ms", *(f"{p} ms" for p in PHASES), "MFU", "of matmul", "× nc eager", "× nc compiled", "1st step s"):
+    for column in (
+        "variant",
+        "tok/s",
+        "step ms",
+        *(f"{p} ms" for p in PHASES),
+        "MFU",
+        "of matmul",
+        "× nc eager",
+        "× nc compiled",
+        "1st step s",
+    ):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for r in rows:
         ratios = [f"{v:.2f}" if (v := r[f"ratio_to_nanochat_{m}"]) else "" for m in ("eager", "compiled")]
@@ -286,12 +296,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="steps a turn (0: by preset)")
     parser.add_argument("--json", default="", help="file to write (default: bench/results/train-<preset>.json)")
-    for name, kind in (("dtype", str), ("threads", int), ("rows", int), ("micro-rows", int), ("window-pattern", str), ("device", str), ("fp8", str)):
+    for name, kind in (
+        ("dtype", str),
+        ("threads", int),
+        ("rows", int),
+        ("micro-rows", int),
+        ("window-pattern", str),
+        ("device", str),
+        ("fp8", str),
+    ):
         parser.add_argument(f"--{name}", type=kind, default=None)
     args = parser.parse_args()
-    fields = {k: v for k in ("dtype", "threads", "rows", "micro_rows", "window_pattern", "device", "fp8") if (v := getattr(args, k)) is not None}
+    fields = {
+        k: v
+        for k in ("dtype", "threads", "rows", "micro_rows", "window_pattern", "device", "fp8")
+        if (v := getattr(args, k)) is not None
+    }
     job = replace(PRESETS[args.preset], **fields)
-    variants = [f"{make}-{mode}" for mode in args.modes.split(",") for make in (("ours", "nanochat") if args.nanochat else ("ours",))]
+    variants = [
+        f"{make}-{mode}" for mode in args.modes.split(",") for make in (("ours", "nanochat") if args.nanochat else ("ours",))
+    ]
     steps = args.steps or {"small": 20, "d4": 3}.get(args.preset, 5)
     rows = summarize(job, run_all(variants, job, args.nanochat, args.rounds, steps))
     print_table(rows)

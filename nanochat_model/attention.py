@@ -1,7 +1,8 @@
-"""Causal attention with a left window and grouped keys, behind one function.
+"""Causal attention with a left window and grouped keys: one meaning, several kernels.
 
 B rows, T positions, H query heads, K key/value heads (head h reads kv head h // (H/K)), D head_dim. A window w lets a position
-see itself and w positions to its left. The softmax scale is 1/√D.
+see itself and w positions to its left. The softmax scale is 1/√D. Every kernel takes q (B, T, H, D), k and v (B, T, K, D) and
+returns (B, T, H, D). On a GPU no kernel here builds a mask of T × T. Which kernel runs is chosen in attention_backends.py.
 """
 
 from __future__ import annotations
@@ -10,15 +11,44 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 QUERY_BLOCK = 128  # queries a block of the CPU kernel; a block computes only the keys it can see
 SAVE_WEIGHTS_MAX = 1024  # up to this many positions the exponentials are kept for backward, beyond it they are made again
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attention of q (B, T, H, D) over k, v (B, T, K, D); returns (B, T, H, D)."""
+def blocked(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The CPU kernel: matmuls over blocks of queries. Needs normalized queries and keys (see BlockedAttention)."""
     return BlockedAttention.apply(q, k, v, window)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """PyTorch's fused attention. It has no window argument: a window shorter than the row is cut into blocks of queries, each
+    with the keys it can see and a mask of that block's size."""
+    T = q.shape[1]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    if window >= T - 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+    size = max(window, QUERY_BLOCK)
+    out = []
+    for start in range(0, T, size):
+        stop, first = min(start + size, T), max(0, start - window)
+        distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
+        visible = (distance >= 0) & (distance <= window)
+        part = (q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop])
+        out.append(F.scaled_dot_product_attention(*part, attn_mask=visible, enable_gqa=gqa))
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int) -> Tensor:
+    """A few new queries (B, T, H, D) at `positions` (B, T) against a cache of keys and values (B, S, K, D) whose entry j is
+    position j; later entries are hidden. The mask has T × S entries, with T the number of new tokens."""
+    distance = positions.unsqueeze(-1) - torch.arange(k.shape[1], device=q.device)  # (B, T, S)
+    visible = ((distance >= 0) & (distance <= window)).unsqueeze(1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 class BlockedAttention(torch.autograd.Function):

@@ -6,18 +6,27 @@ checkpoints convert by name. Unlike nanochat the embedding tables are float32 as
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_model.attention import attend
+from nanochat_model import attention
+from nanochat_model.attention_backends import Kernel, choose_backend
 from nanochat_model.config import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig
+from nanochat_model.errors import ConfigError
+from nanochat_model.fp8 import RECIPES, eligible, fp8_linear
 from nanochat_model.init import initial_tensor
 from nanochat_model.loss import cross_entropy, softcapped_logits
 from nanochat_model.native import ops as native
 from nanochat_model.ops import mix_norm, relu_square, rms_norm, rotate
 
+if TYPE_CHECKING:
+    from nanochat_model.engine import KVCache
+
 ROTARY_BASE = 100_000.0
+CONTEXT_MULTIPLE = 10  # positions a model can read, in training lengths (nanochat's rotary tables)
 QK_SCALE = 1.2  # on queries and on keys, after their norm
 VE_GATE_RANGE = 3.0  # value-embedding gates lie in (0, 3)
 
@@ -30,13 +39,16 @@ def rotary_tables(num_positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 class Linear(nn.Module):
-    """Bias-free product with a float32 weight (out, in), done in the input's dtype."""
+    """Bias-free product with a float32 weight (out, in), done in the input's dtype; in fp8 while training if told so."""
 
-    def __init__(self, num_in: int, num_out: int) -> None:
+    def __init__(self, num_in: int, num_out: int, *, fp8: str = "off") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_out, num_in))
+        self.fp8 = fp8 if eligible(num_in, num_out) else "off"
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 != "off" and self.training:
+            return fp8_linear(x, self.weight, self.fp8)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -52,57 +64,78 @@ class Table(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    """One layer's attention. `kernel` is set by GPT.choose_attention before the first use on a device."""
+
+    def __init__(self, config: GPTConfig, layer: int, *, fp8: str = "off") -> None:
         super().__init__()
         c = config.model_dim
+        self.layer = layer
         self.head_dim = config.head_dim
         self.window = config.windows[layer]
-        self.c_q = Linear(c, c)
-        self.c_k = Linear(c, config.kv_dim)
-        self.c_v = Linear(c, config.kv_dim)
-        self.c_proj = Linear(c, c)
+        self.kernel: Kernel = attention.blocked
+        self.c_q = Linear(c, c, fp8=fp8)
+        self.c_k = Linear(c, config.kv_dim, fp8=fp8)
+        self.c_v = Linear(c, config.kv_dim, fp8=fp8)
+        self.c_proj = Linear(c, c, fp8=fp8)
         self.ve_gate = Linear(VE_GATE_CHANNELS, config.num_kv_heads) if layer in config.value_embed_layers else None
 
-    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, T, C) normalized; ve (B, T, kv_dim) on layers with a value embedding; cos, sin (T, D/2)."""
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, C) normalized; ve (B, T, kv_dim) on layers with a value embedding; cos, sin (T, D/2), or (B, T, D/2)."""
         B, T, C = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.c_q, self.c_k, self.c_v))
-        gate = None if self.ve_gate is None else self.ve_gate(x[..., :VE_GATE_CHANNELS])
-        ve = None if ve is None else ve.view_as(v)
-        if native.usable(q, cos):
+        if cache is None and self.kernel is attention.blocked and native.usable(x, cos):
+            q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.c_q, self.c_k, self.c_v))
+            gate = None if self.ve_gate is None else self.ve_gate(x[..., :VE_GATE_CHANNELS])
+            ve = None if ve is None else ve.view_as(v)
             y = native.CoreAttention.apply(q, k, v, cos, sin, ve, gate, self.window, QK_SCALE, VE_GATE_RANGE)
         else:
-            y = self._core(q, k, v, cos, sin, ve, gate)
+            q, k = self.queries_keys(x, cos, sin)
+            y = self._attend(q, k, self._values(x, ve), cache)
         return self.c_proj(y.reshape(B, T, C))
 
-    def _core(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None
-    ) -> Tensor:
-        if gate is not None and ve is not None:
-            v = v + (VE_GATE_RANGE * torch.sigmoid(gate)).unsqueeze(-1) * ve.to(v.dtype)
-        q, k = (QK_SCALE * rms_norm(rotate(y, cos.unsqueeze(1), sin.unsqueeze(1))) for y in (q, k))
-        return attend(q, k, v, self.window)
+    def queries_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, T, H, D) and keys (B, T, K, D) after rotary embedding, norm and scale."""
+        q, k = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.c_q, self.c_k))
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return QK_SCALE * rms_norm(rotate(q, cos, sin)), QK_SCALE * rms_norm(rotate(k, cos, sin))
+
+    def _values(self, x: Tensor, ve: Tensor | None) -> Tensor:
+        v = self.c_v(x).unflatten(-1, (-1, self.head_dim))
+        if self.ve_gate is None or ve is None:
+            return v
+        gate = VE_GATE_RANGE * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))
+        return v + gate.unsqueeze(-1) * ve.to(v.dtype).view_as(v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None) -> Tensor:
+        if cache is None:
+            return self.kernel(q, k, v, self.window)
+        positions = cache.positions(q.shape[1])
+        keys, values = cache.extend(self.layer, k, v, positions)
+        if cache.longest == 0:  # a first prompt sees only itself
+            return self.kernel(q, k, v, self.window)
+        return attention.cached(q, keys, values, positions, self.window)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, *, fp8: str = "off") -> None:
         super().__init__()
-        self.c_fc = Linear(config.model_dim, 4 * config.model_dim)
-        self.c_proj = Linear(4 * config.model_dim, config.model_dim)
+        self.c_fc = Linear(config.model_dim, 4 * config.model_dim, fp8=fp8)
+        self.c_proj = Linear(4 * config.model_dim, config.model_dim, fp8=fp8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(relu_square(self.c_fc(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int, *, fp8: str = "off") -> None:
         super().__init__()
-        self.attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.attn = Attention(config, layer, fp8=fp8)
+        self.mlp = MLP(config, fp8=fp8)
 
-    def forward(self, x: Tensor, normed: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, normed: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
         """x (B, T, C), the residual stream, and its norm; returns the stream after attention and MLP."""
-        x, normed = mix_norm(x, self.attn(normed, ve, cos, sin))
+        x, normed = mix_norm(x, self.attn(normed, ve, cos, sin, cache))
         return x + self.mlp(normed)
 
 
@@ -116,13 +149,17 @@ class GPT(nn.Module):
         self, config: GPTConfig, *, compute_dtype: torch.dtype = torch.float32, attention: str = "auto", fp8: str = "off"
     ) -> None:
         super().__init__()
+        if fp8 not in ("off", *RECIPES):
+            raise ConfigError(f"fp8 {fp8!r} is not known; choose off, {' or '.join(RECIPES)}")
         self.config = config
         self.compute_dtype = compute_dtype
+        self.attention_choice = attention
+        self._attention_device = torch.device("meta")
         layers = range(config.depth)
         self.transformer = nn.ModuleDict(
             {
                 "wte": Table(config.padded_vocab_size, config.model_dim),
-                "h": nn.ModuleList([Block(config, i) for i in layers]),
+                "h": nn.ModuleList([Block(config, i, fp8=fp8) for i in layers]),
             }
         )
         self.lm_head = Linear(config.model_dim, config.padded_vocab_size)
@@ -134,7 +171,7 @@ class GPT(nn.Module):
         self.smear_gate = Linear(SMEAR_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
         self.backout_lambda = nn.Parameter(torch.empty(1))
-        cos, sin = rotary_tables(config.sequence_len, config.head_dim)
+        cos, sin = rotary_tables(self.max_tokens, config.head_dim)
         self.register_buffer("cos", cos.to(compute_dtype), persistent=False)
         self.register_buffer("sin", sin.to(compute_dtype), persistent=False)
 
@@ -145,9 +182,34 @@ class GPT(nn.Module):
             parameter.copy_(initial_tensor(name, parameter.shape, self.config, seed))
         return self
 
-    def forward(self, idx: Tensor) -> Tensor:
-        """Float32 logits (B, T, V) of token ids (B, T)."""
-        return softcapped_logits(self.features(idx), self.lm_head.weight, self.config.vocab_size)
+    @property
+    def max_tokens(self) -> int:
+        """Positions the model can read; attention still reaches at most sequence_len to the left."""
+        return CONTEXT_MULTIPLE * self.config.sequence_len
+
+    @property
+    def blocks(self) -> list[Block]:
+        return cast(list[Block], list(cast(nn.ModuleList, self.transformer["h"])))
+
+    def choose_attention(self, device: torch.device) -> str:
+        """Fix the attention kernel for `device`; returns its name. Called by the first forward pass there if not before."""
+        windowed = min(self.config.windows) < self.config.sequence_len
+        backend = choose_backend(self.attention_choice, device, self.compute_dtype, windowed=windowed)
+        for block in self.blocks:
+            block.attn.kernel = backend.kernel
+        self._attention_device = device
+        return backend.name
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Float32 logits (B, T, V) of token ids (B, T); with a cache these follow what it holds and are added to it."""
+        return softcapped_logits(self._features(idx, cache), self.lm_head.weight, self.config.vocab_size)
+
+    def next_logits(self, idx: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
+        """Logits (B, V) after the last token of each row of ids (B, T), which join the cache. `lengths` (B,): how many of a
+        row's ids count, for a first batch of padded prompts."""
+        x = self._features(idx, cache, lengths)
+        x = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
+        return softcapped_logits(x, self.lm_head.weight, self.config.vocab_size)
 
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of targets (B, T), -1 ignored: 0-d for "mean" and "sum", (B, T) for "none"."""
@@ -156,26 +218,42 @@ class GPT(nn.Module):
         return out.view_as(targets) if reduction == "none" else out
 
     def features(self, idx: Tensor) -> Tensor:
-        """Normalized output of the last layer (B, T, C), in the compute dtype."""
-        cos, sin = (t[: idx.shape[1]] for t in (self.cos, self.sin))
-        x = rms_norm(self.transformer["wte"](idx)).to(self.compute_dtype)
-        x = x0 = self._smear(x)
-        middle = x
-        for i, (block, r, l) in enumerate(
-            zip(self.transformer["h"], self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), strict=True)
-        ):
+        """Normalized output of the last layer (B, T, C), in the compute dtype. This is what training compiles."""
+        return self._features(idx, None)
+
+    def _features(self, idx: Tensor, cache: KVCache | None, lengths: Tensor | None = None) -> Tensor:
+        T = idx.shape[1]
+        if self._attention_device != idx.device:
+            self.choose_attention(idx.device)
+        if self.max_tokens < T:
+            raise ConfigError(f"{T} tokens exceed the model's {self.max_tokens} positions; shorten the input")
+        at = slice(T) if cache is None else cache.positions(T).clamp_max(self.max_tokens - 1)
+        cos, sin = self.cos[at], self.sin[at]
+        x = self._embed(idx, cache, lengths)
+        x0 = middle = x
+        lambdas = zip(self.blocks, self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), strict=True)
+        for i, (block, r, l) in enumerate(lambdas):
             ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
-            x = block(*mix_norm(x, x0, r, l), ve, cos, sin)
+            x = block(*mix_norm(x, x0, r, l), ve, cos, sin, cache)
             if i == self.config.depth // 2:
                 middle = x
+        if cache is not None:
+            cache.advance(T if lengths is None else lengths, cache.longest + T)
         return mix_norm(x, middle, None, -self.backout_lambda[0])[1]
 
-    def _smear(self, x: Tensor) -> Tensor:
-        """Mix the previous token's embedding into each position but the first."""
-        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
-        return torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], dim=1)
+    def _embed(self, idx: Tensor, cache: KVCache | None, lengths: Tensor | None) -> Tensor:
+        """Normalized embeddings (B, T, C), each mixed with that of the token before it (smear)."""
+        x = rms_norm(self.transformer["wte"](idx)).to(self.compute_dtype)
+        if cache is None:
+            gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
+            return torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], dim=1)
+        before = torch.cat([cache.last, x[:, :-1]], dim=1)
+        cache.last = x[:, -1:] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1].unsqueeze(1)
+        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        return x + gate * before
 
 
 def compile_training(model: GPT) -> None:
-    """Compile the training path in place."""
+    """Compile the training path in place: the trunk; the loss keeps its own chunks. Call after the model is on its device."""
+    model.choose_attention(model.lm_head.weight.device)
     model.features = torch.compile(model.features, dynamic=False)  # type: ignore[method-assign]

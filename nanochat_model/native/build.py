@@ -30,13 +30,17 @@ def kernels() -> ctypes.CDLL | None:
     """The compiled kernels; None where they are switched off or cannot be compiled (one line on stderr says so)."""
     if os.environ.get(SWITCH, "1") == "0":
         return None
-    compiler = next((path for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name and (path := shutil.which(name))), None)
+    compiler = next(
+        (path for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name and (path := shutil.which(name))), None
+    )
     if compiler is None:
-        return _unavailable("no C compiler found (CC, cc, gcc or clang)")
+        _tell("no C compiler found (CC, cc, gcc or clang)")
+        return None
     try:
         return ctypes.CDLL(str(_library(compiler)))
     except (OSError, subprocess.SubprocessError) as e:
-        return _unavailable(f"{compiler}: {e}")
+        _tell(f"{compiler}: {e}")
+        return None
 
 
 def native_status() -> str:
@@ -44,7 +48,7 @@ def native_status() -> str:
     return "native" if kernels() is not None else "pytorch"
 
 
-def _unavailable(reason: str) -> None:
+def _tell(reason: str) -> None:
     print(f"CPU kernels not compiled: {reason}; pure PyTorch runs instead, about half as fast on small models", file=sys.stderr)
 
 

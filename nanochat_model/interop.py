@@ -1,0 +1,199 @@
+"""nanochat's checkpoints: read into this project's layout, and written back.
+
+A nanochat checkpoint is `model_{step:06d}.pt` (a state dict) beside `meta_{step:06d}.json`. Tensors are read without executing
+anything pickled. Weights are stored here in float32: nanochat's bf16 tables convert exactly. Its optimizer shards
+(`optim_*_rank*.pt`) are tied to a world size and are left out, as an imported model is for evaluation, SFT and chat.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat_model.checkpoint import CheckpointState, read_model_state, read_state, resolve, save_checkpoint
+from nanochat_model.config import GPTConfig
+from nanochat_model.counts import count_params
+from nanochat_model.errors import ConfigError
+from nanochat_model.gpt import GPT
+from nanochat_model.identity import write_atomic
+
+PREFIX = "_orig_mod."  # torch.compile puts it before every name
+_MODEL_FILE = re.compile(r"model_(\d+)\.pt$")
+OLD_CONFIG_DEFAULTS = {"window_pattern": "L"}  # before windows every layer saw the whole row (nanochat checkpoint_manager.py)
+BF16_TABLES = ("transformer.wte.", "value_embeds.")  # stored so by nanochat where it computes in bf16
+
+
+@dataclass(frozen=True)
+class NanochatCheckpoint:
+    """What was found in a nanochat folder."""
+
+    path: Path
+    step: int
+    config: GPTConfig
+    weights: dict[str, Tensor]
+    meta: dict[str, Any]
+    filled: tuple[str, ...]  # parameters an older checkpoint lacks, given the value that leaves them without effect
+
+
+def import_nanochat(src: str | os.PathLike[str], out: str | os.PathLike[str], step: int | None = None) -> Path:
+    """Convert the checkpoint in folder `src` (its last step unless given) into a checkpoint under `out`; returns its folder.
+
+    Raises ConfigError if a file is missing, broken, of another architecture, or holds anything but tensors.
+    """
+    found = read_nanochat(src, step)
+    extra = {
+        "source": "nanochat",
+        "source_path": str(found.path),
+        "source_meta": {k: found.meta[k] for k in ("step", "val_bpb", "user_config", "model_config") if k in found.meta},
+        "filled": list(found.filled),
+    }
+    state = CheckpointState(kind="imported", step=found.step, model=found.config, extra=extra)
+    return save_checkpoint(out, state, found.weights)
+
+
+def export_nanochat(src: str | os.PathLike[str], out: str | os.PathLike[str], *, bf16_tables: bool = False) -> Path:
+    """Write the checkpoint `src` (or a run's newest) as nanochat's files in folder `out`; returns the model file.
+
+    `bf16_tables` stores the embedding tables as nanochat itself does where it computes in bf16; otherwise all is float32.
+    """
+    source = resolve(src)
+    state, weights = read_state(source), read_model_state(source)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if bf16_tables:
+        weights = {n: w.bfloat16() if n.startswith(BF16_TABLES) else w for n, w in weights.items()}
+    path = out / f"model_{state.step:06d}.pt"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(weights, temporary)
+    os.replace(temporary, path)
+    original = state.extra.get("source_meta", {})
+    meta = {
+        "step": state.step,
+        "val_bpb": state.curve[-1].val_bpb if state.curve else original.get("val_bpb"),
+        "model_config": config_to_nanochat(state.model),
+        "user_config": original.get("user_config", {}),
+    }
+    write_atomic(out / f"meta_{state.step:06d}.json", json.dumps(meta, indent=2))
+    return path
+
+
+def read_nanochat(src: str | os.PathLike[str], step: int | None = None) -> NanochatCheckpoint:
+    """Read and check a nanochat checkpoint folder."""
+    folder = Path(src)
+    step = _choose_step(folder, step)
+    path = folder / f"model_{step:06d}.pt"
+    meta = _read_meta(folder / f"meta_{step:06d}.json")
+    config = config_from_nanochat(meta["model_config"], str(folder / f"meta_{step:06d}.json"))
+    weights = {name.removeprefix(PREFIX): w for name, w in _read_tensors(path).items()}
+    filled = _fill_missing(weights, config)
+    _check_shapes(weights, config, path)
+    weights = {name: w.float().contiguous() for name, w in weights.items()}
+    return NanochatCheckpoint(path, step, config, weights, meta, filled)
+
+
+def _choose_step(folder: Path, step: int | None) -> int:
+    steps = sorted(int(m.group(1)) for f in folder.glob("model_*.pt") if (m := _MODEL_FILE.match(f.name)))
+    if not steps:
+        raise ConfigError(f"no model_<step>.pt in {folder}; give a folder such as base_checkpoints/d24 of a nanochat run")
+    if step is not None and step not in steps:
+        raise ConfigError(f"no checkpoint of step {step} in {folder}; it has {', '.join(map(str, steps))}")
+    return steps[-1] if step is None else step
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing; copy it from the nanochat run, it holds the model's shape") from None
+    except ValueError as e:
+        raise ConfigError(f"{path}: not valid JSON ({e}); copy it again from the nanochat run") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
+        raise ConfigError(f"{path}: has no model_config; it is not the meta file of a nanochat checkpoint")
+    return meta
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ConfigError(
+            f"{path}: holds pickled objects other than tensors, which are not executed; save a plain state dict"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError) as e:
+        raise ConfigError(f"{path}: not readable ({str(e).splitlines()[0]}); copy it again from the nanochat run") from None
+    if not isinstance(data, dict) or not all(isinstance(w, Tensor) for w in data.values()):
+        raise ConfigError(f"{path}: not a state dict of tensors")
+    return data
+
+
+def config_from_nanochat(found: dict[str, Any], where: str = "model_config") -> GPTConfig:
+    """GPTConfig of nanochat's model_config. Raises ConfigError on a missing or unknown key."""
+    values = {**OLD_CONFIG_DEFAULTS, **found}
+    names = {
+        "n_layer": "depth",
+        "n_embd": "model_dim",
+        "n_head": "num_heads",
+        "n_kv_head": "num_kv_heads",
+        "sequence_len": "sequence_len",
+        "vocab_size": "vocab_size",
+        "window_pattern": "window_pattern",
+    }
+    missing, unknown = sorted(set(names) - set(values)), sorted(set(values) - set(names))
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has the unknown key {unknown[0]}"
+        raise ConfigError(f"{where}: model_config {what}; this version reads {', '.join(names)}")
+    config = {ours: values[theirs] for theirs, ours in names.items()}
+    return GPTConfig(**{**config, "window_pattern": str(config["window_pattern"]).upper()})
+
+
+def config_to_nanochat(config: GPTConfig) -> dict[str, Any]:
+    """nanochat's model_config of a GPTConfig."""
+    return {
+        "sequence_len": config.sequence_len,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.depth,
+        "n_head": config.num_heads,
+        "n_kv_head": config.num_kv_heads,
+        "n_embd": config.model_dim,
+        "window_pattern": config.window_pattern,
+    }
+
+
+def _fill_missing(weights: dict[str, Tensor], config: GPTConfig) -> tuple[str, ...]:
+    """Scalars that older nanochat models do not have, set so that they do nothing (nanochat fills the first two alike)."""
+    neutral = {
+        "resid_lambdas": torch.ones(config.depth),
+        "x0_lambdas": torch.zeros(config.depth),
+        "smear_gate.weight": torch.zeros(1, 24),
+        "smear_lambda": torch.zeros(1),
+        "backout_lambda": torch.zeros(1),
+    }
+    missing = tuple(name for name in neutral if name not in weights)
+    weights.update({name: neutral[name] for name in missing})
+    return missing
+
+
+def _check_shapes(weights: dict[str, Tensor], config: GPTConfig, path: Path) -> None:
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
+    for name in sorted(set(expected) | set(weights)):
+        have = tuple(weights[name].shape) if name in weights else None
+        want = expected.get(name)
+        if have == want:
+            continue
+        if have is None:
+            raise ConfigError(f"{path}: lacks {name}; it is of an older architecture that this version cannot compute")
+        if want is None:
+            raise ConfigError(f"{path}: has {name}, which this architecture does not know; it is of another nanochat version")
+        raise ConfigError(
+            f"{path}: {name} is {have}, its meta file's model_config says {want}; the two files do not belong together"
+        )
+    assert sum(w.numel() for w in weights.values()) == count_params(config).total
