@@ -105,7 +105,8 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     finished = sorted(work.glob("done/train_*.json"))
     assert len(finished) >= 2
     kept = {p.name: p.stat().st_mtime_ns for p in work.glob("train_0000[01].bin")}
-    (work / f"train_{len(finished) - 1:05d}.bin").write_bytes(b"torn")  # a finished file spoiled since
+    spoiled = f"train_{len(finished) - 1:05d}.bin"  # a finished file that has changed since, but not in size
+    (work / spoiled).write_bytes(bytes(b ^ 1 for b in (work / spoiled).read_bytes()))
     monkeypatch.setattr(shards_module, "_tokenize", until(10**9))
     first = len(tokenized)
     again = build_shards(tmp_path / "corpus", tokenizer, tmp_path / "again", shard_bytes=15_000)
@@ -113,7 +114,6 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     again.verify()
     total = sum(len(corpus_row_groups(tmp_path, split)) for split in ("train", "val"))
     assert len(tokenized) - first < total - 3  # finished files were not tokenized again
-    spoiled = f"train_{len(finished) - 1:05d}.bin"
     assert all((again.path / n).stat().st_mtime_ns == t for n, t in kept.items() if n != spoiled)
     assert not list(tmp_path.glob(".again*"))
 

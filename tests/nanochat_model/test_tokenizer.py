@@ -188,6 +188,8 @@ def test_a_vocabulary_larger_than_the_corpus_says_what_is_possible() -> None:
     assert Tokenizer.train(["abab abab xyz"], possible).vocab_size == possible
     with pytest.raises(ConfigError, match=f"at most {possible}"):
         Tokenizer.train(["abab abab xyz"], possible + 1)
+    with pytest.raises(ConfigError, match="it has 0 merges of pairs seen at least twice"):
+        Tokenizer.train(["abcdefg"], 266)
     with pytest.raises(ConfigError, match="vocab_size 100 is under 265"):
         Tokenizer.train(["abc"], 100)
 
