@@ -121,7 +121,8 @@ class Figures:
         self.shown.append(name)
         height = int(self.by_name[name].layout.height or 400)
         plot = tag("div", "", "plot", data_figure=name, style=f"min-height: {height}px", role="img", aria_label=_plain(caption))
-        text = Html(f"<b>Figure {len(self.shown)}.</b> {put(caption)}")
+        told = rich(caption) if isinstance(caption, str) else caption
+        text = Html(f"<b>Figure {len(self.shown)}.</b> {told}")
         return tag("figure", [plot, tag("figcaption", text)])
 
     def row(self, css: str, shown: Sequence[Html]) -> Html:

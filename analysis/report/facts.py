@@ -48,7 +48,7 @@ def report_facts(
     facts["convention_label"] = CONVENTION_LABELS.get(facts["convention"], facts["convention"])
     facts["source"] = _source(raw, table)
     facts["noise"] = noise_facts(raw.get("noise"), table)
-    facts |= allocation_facts(raw.get("allocation") or {}, table.frame)
+    facts |= allocation_facts(raw.get("allocation") or {}, table.frame, facts["convention"], CONVENTION_LABELS)
     facts["production"] = production_facts(production, facts["loss_name"])
     facts["held_out"] = with_production(facts["held_out"], facts["production"])
     facts |= setting_facts(raw, facts["prediction"], _width_at(table, facts["prediction"].get("N")))

@@ -14,8 +14,8 @@ from analysis.weight_decay import WeightDecayLaw
 
 PUBLISHED = {  # slopes only: constants depend on data and model
     "batch_size": [
-        {"label": "arXiv 2505.13738, D^0.383", "exponent": 0.383},
-        {"label": "Step Law, D^0.571", "exponent": 0.571},
+        {"label": "arXiv 2505.13738: D<sup>0.383</sup>", "exponent": 0.383},
+        {"label": "Step Law: D<sup>0.571</sup>", "exponent": 0.571},
     ],
 }
 MISSING = {
@@ -177,6 +177,8 @@ def law_block(law: Law, name: str, cells: Sequence[Mapping[str, Any]], symbols: 
 
 def main_symbol(law: Law) -> str:
     """The one the law is drawn against: its first fitted symbol, else its first."""
+    if "rho" in law.parameters:
+        return "D"  # the timescale law has four symbols; tokens are what it is mostly about
     return next(iter([*law.free, *law.exponents]), "D")
 
 

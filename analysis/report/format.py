@@ -59,10 +59,10 @@ def count(value: float | None, digits: int = 3) -> str:
 
 
 def whole(value: float | None) -> str:
-    """A batch in tokens: every digit up to a million, then as a count."""
+    """A batch in tokens: every digit up to 100,000, then as a count."""
     if value is None or not math.isfinite(value):
         return MISSING
-    return f"{round(value):,}" if value < 1e6 else count(value)
+    return f"{round(value):,}" if value < 1e5 else count(value)
 
 
 def loss(value: float | None) -> str:
@@ -121,15 +121,18 @@ def log_ticks(low: float, high: float, formatter: Formatter, most: int = 6) -> t
     """
     assert 0 < low <= high
     first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
-    for mantissas in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+    inside: list[float] = []
+    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
         values = [m * 10.0**e for e in range(first, last + 1) for m in mantissas]
-        inside = [v for v in values if low * 0.999 <= v <= high * 1.001]
-        if len(inside) <= most:
+        finer = [v for v in values if low * 0.999 <= v <= high * 1.001]
+        if len(finer) > most and (len(inside) >= 2 or len(finer) > most + 2):
             break
-    else:
-        step = math.ceil(len(inside) / most)
-        inside = inside[::step]
-    if len(inside) < 3:
+        inside = finer
+    if not inside:
+        inside = [10.0**e for e in range(first, last + 1) if low <= 10.0**e <= high]
+    if len(inside) > most:
+        inside = inside[:: math.ceil(len(inside) / most)]
+    if len(inside) < 2:
         inside = linear_ticks(low, high, most)
     return inside, [formatter(v) for v in inside]
 

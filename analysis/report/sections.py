@@ -107,7 +107,7 @@ def isoflop(facts: Facts, figures: Figures) -> Html:
         return section("isoflop", "IsoFLOP curves", missing(block["missing"]))
     caption = (
         f"{facts['loss_name'].capitalize()} against model size at equal compute, one colour a budget. Lines are parabolas in "
-        "log N; a diamond marks each minimum, its bar the 90% interval; an amber cross marks a minimum that does not lie inside its "
+        "log N; a diamond marks each minimum, its bar the 90% interval; an amber cross marks one that does not lie inside its "
         "grid. The dotted line is the compute-optimal path of the fitted surface."
     )
     rows = []
@@ -208,7 +208,14 @@ def allocation(facts: Facts, figures: Figures) -> Html:
             ]
         )
         marked += [i] if name == facts["convention"] else []
-    heads: list[Content] = ["N counts", rich("N* ∝ C^a"), rich("D* ∝ C^b"), "D/N, lowest → highest budget", rich("D/N ∝ C^(b−a)"), ""]
+    heads: list[Content] = [
+        "N counts",
+        rich("N* ∝ C^a"),
+        rich("D* ∝ C^b"),
+        "D/N, lowest → highest budget",
+        rich("D/N ∝ C^(b−a)"),
+        "",
+    ]
     body = [lead(block["text"]), figures.row("triple", shown), key, table(heads, rows, numbers=(1, 2, 3, 4), marked=marked)]
     return section("allocation", "Parameters or tokens", join(body))
 
@@ -216,7 +223,8 @@ def allocation(facts: Facts, figures: Figures) -> Html:
 def exponent(value: Facts | None) -> str:
     if not value or not fmt.is_number(value.get("value")):
         return fmt.MISSING
-    return f"{fmt.minus(format(value['value'], '.3f'))} ({fmt.interval(value.get('low'), value.get('high'), _three)})"
+    interval = f" ({fmt.interval(value['low'], value.get('high'), _three)})" if fmt.is_number(value.get("low")) else ""
+    return _three(value["value"]) + interval
 
 
 def _three(value: float) -> str:

@@ -69,7 +69,7 @@ def setting(facts: Facts, figures: Figures, name: str) -> Html:
     shown = [f for f in laws if f.text]
     body.append(figures.row("pair", [cells, shown[0]]) if len(shown) == 1 else cells)
     if len(shown) > 1:
-        body.append(figures.row("triple" if len(shown) > 2 else "pair", shown))
+        body.append(figures.row("triple" if len(shown) == 3 else "pair", shown))
     if block.get("candidates"):
         body.append(candidate_table(block))
     if block.get("cells"):
@@ -84,7 +84,7 @@ def candidate_table(block: Facts) -> Html:
             [
                 c["label"],
                 rich(c["form"]),
-                c["exponent_text"],
+                rich(c["exponent_text"]),
                 c.get("error_text") or fmt.MISSING,
                 c["prediction_text"],
                 chip(c["status"]),
@@ -120,18 +120,12 @@ def promotions(facts: Facts) -> Html:
     block = facts["promotions"]
     if block.get("missing"):
         return section("promotions", "Stage promotions", missing(block["missing"]))
-    rows = [
-        [
-            p["change"],
-            p["stage"],
-            chip(p["verdict"]),
-            *(axis_text(p["axes"].get(a)) for a in AXES),
-            str(p.get("n_seeds") or ""),
-            p.get("reason") or "",
-        ]
-        for p in block["rows"]
-    ]
-    heads = ["Change", "Stage", "Verdict", "Gain at equal steps", "at equal FLOPs", "at equal seconds", "Seeds", "Why"]
+    rows = []
+    for p in block["rows"]:
+        change = join([str(p["change"]), tag("small", str(p["reason"]), "why")]) if p.get("reason") else str(p["change"])
+        axes = [axis_text(p["axes"].get(a)) for a in AXES]
+        rows.append([change, str(p["stage"]), chip(p["verdict"]), *axes, str(p.get("n_seeds") or "")])
+    heads = ["Change", "Stage", "Verdict", "Gain at equal steps", "at equal FLOPs", "at equal seconds", "Seeds"]
     note = tag("p", "Gain is positive where the change is better; below it the 90% interval and the p-value of no gain.", "text")
     return section("promotions", "Stage promotions", join([lead(block["text"]), table(heads, rows, numbers=(6,)), note]))
 

@@ -103,10 +103,10 @@ def _evidence(facts: Mapping[str, Any]) -> str:
 
 
 def _doubts(facts: Mapping[str, Any]) -> str:
-    doubts = [f"the {SETTING_WORDS[name]} ({d})" for name in SETTING_WORDS if (d := facts[name].get("doubt"))]
+    doubts = [f"the {SETTING_WORDS[name]}, because {d}" for name in SETTING_WORDS if (d := facts[name].get("doubt"))]
     reasons = [str(r).rstrip(".") for r in facts["prediction"].get("reasons") or []]
     if doubts:
-        return f"Not settled: {fmt.join(doubts)}."
+        return f"Not settled: {'; '.join(doubts)}."
     if reasons:
         return f"Mind this: {'; '.join(reasons)}."
     return "Nothing in these runs speaks against it."

@@ -23,7 +23,13 @@ def test_scientific_numbers_are_written_with_superscripts(value, text):
 
 
 def test_small_and_large_numbers_keep_their_significant_digits():
-    assert [fmt.significant(v) for v in (0.0143, 1.6, 12.34, 1234.5, 0.00001234)] == ["0.0143", "1.60", "12.3", "1,230", "1.23×10⁻⁵"]
+    assert [fmt.significant(v) for v in (0.0143, 1.6, 12.34, 1234.5, 0.00001234)] == [
+        "0.0143",
+        "1.60",
+        "12.3",
+        "1,230",
+        "1.23×10⁻⁵",
+    ]
 
 
 def test_percent_and_interval():
@@ -38,7 +44,9 @@ def test_durations_pick_the_unit():
     assert [fmt.duration(v) for v in (0.42, 12, 90, 7200, 86400 * 3)] == ["0.42 s", "12 s", "1.5 min", "2.0 h", "3.0 days"]
 
 
-@pytest.mark.parametrize(("low", "high"), [(2e4, 5e5), (4e11, 1.6e13), (1e18, 1e21), (1e8, 4e8), (10.2, 13.9), (0.021, 0.029), (5, 5e9)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(2e4, 5e5), (4e11, 1.6e13), (1e18, 1e21), (1e8, 4e8), (10.2, 13.9), (0.021, 0.029), (5, 5e9)]
+)
 def test_log_ticks_are_few_inside_and_increasing(low, high):
     positions, labels = fmt.log_ticks(low, high, fmt.tick_plain, most=6)
     assert 2 <= len(positions) <= 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ def cells_figure(block: Mapping[str, Any], setting: str, loss_name: str) -> go.F
 def _sweep(cell: Mapping[str, Any], excess: Sequence[float], hue: str, formatter: fmt.Formatter, loss_name: str) -> list[Any]:
     """The cell's runs, and a line along the best run at each value (a second setting may vary too)."""
     xs = cell["x"]
-    envelope = {x: min(e for v, e in zip(xs, excess, strict=True) if v == x) for x in sorted(set(xs))}
+    envelope = _envelope(xs, excess, both_vary=" and " in str(cell.get("how", "")))
     ids = list(cell.get("run_ids") or [])
     ids = ids if len(ids) == len(xs) else [""] * len(xs)
     texts = [
@@ -69,6 +70,28 @@ def _sweep(cell: Mapping[str, Any], excess: Sequence[float], hue: str, formatter
         showlegend=False, legendgroup=label,
     )  # fmt: skip
     return [line(list(envelope), list(envelope.values()), hue, label, width=1.6, legendgroup=label), points]
+
+
+def _envelope(xs: Sequence[float], excess: Sequence[float], *, both_vary: bool) -> dict[float, float]:
+    """The best run at each value; where a second setting varies as well, the lower convex hull in log x."""
+    best: dict[float, float] = {}
+    for x, e in zip(xs, excess, strict=True):
+        best[x] = min(e, best.get(x, math.inf))
+    points = sorted(best.items())
+    if not both_vary:
+        return dict(points)
+    hull: list[tuple[float, float]] = []
+    for x, e in points:
+        while len(hull) > 1 and _above(hull[-2], hull[-1], (x, e)):
+            hull.pop()
+        hull.append((x, e))
+    return dict(hull)
+
+
+def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether b lies on or above the line from a to c, x on a log scale."""
+    share = math.log(b[0] / a[0]) / math.log(c[0] / a[0])
+    return b[1] >= a[1] + share * (c[1] - a[1])
 
 
 def _optimum(cell: Mapping[str, Any], floor: float, hue: str, formatter: fmt.Formatter) -> list[Any]:
@@ -190,7 +213,7 @@ def _target(target: Mapping[str, Any], symbol: str, formatter: fmt.Formatter, xs
         mode="markers",
         error_y=error_bar([target["value"]], [target.get("low")], [target.get("high")], theme.colour("ink")),
         marker={"symbol": "star", "size": 14, "color": theme.colour("ink"), "line": {"width": 1, "color": theme.colour("paper")}},
-        name="recommended",
-        hovertemplate=f"<b>recommended {formatter(target['value'])}</b><extra></extra>",
+        name="at the target",
+        hovertemplate=f"<b>at the target {formatter(target['value'])}</b><extra></extra>",
         showlegend=True,
     )

@@ -39,7 +39,8 @@ def frontier_figure(facts: Mapping[str, Any]) -> go.Figure | None:
                 error_y=error_bar([point["L"]], [point.get("low")], [point.get("high")], hue), showlegend=False,
             )
         )  # fmt: skip
-    traces += _predicted(facts["prediction"], "prediction", xs, ys)
+    if not fmt.is_number(facts["production"].get("predicted")):
+        traces += _predicted(facts["prediction"], "prediction", xs, ys)
     traces += _measured(facts["production"], xs, ys)
     x = theme.log_axis("C, training FLOPs", xs, fmt.tick_flops, 6)
     return theme.figure(traces, x, theme.loss_axis(name, min(ys), max(ys)), height=430)
@@ -98,11 +99,17 @@ def error_figure(facts: Mapping[str, Any]) -> go.Figure | None:
         )
         symbols.append("star" if row.get("production") else "circle")
     positions = list(range(len(rows), 0, -1))
+    single = [(100 * e, p) for row, p in zip(rows, positions, strict=True) for e in row.get("run_errors") or []]
     zero = [0.0] * len(rows)
     bars = error_bar(zero, low, high, theme.colour("accent"))
     centre = {"symbol": "line-ns-open", "size": 10, "color": theme.colour("accent")}
     marks = {"symbol": symbols, "size": [14 if s == "star" else 9 for s in symbols], "color": theme.colour("ink")}
+    few = {"symbol": "circle-open", "size": 6, "color": theme.colour("faint"), "opacity": 0.8}
     traces = [
+        go.Scatter(
+            x=[e for e, _ in single], y=[p for _, p in single], mode="markers", marker=few, name="its single runs",
+            hovertemplate="%{x:.2f}%<extra></extra>", showlegend=bool(single),
+        ),
         go.Scatter(
             x=zero, y=positions, mode="markers", marker=centre, error_x={**bars, "thickness": 2.2, "width": 5},
             name="predicted, interval", hoverinfo="skip",

@@ -24,7 +24,7 @@ PALETTE = {
     "line": ("#d9d6cf", "#3a4146"),
     "paper": ("#fffffe", "#191d20"),
     "accent": ("#0b6e75", "#56c2c4"),
-    "amber": ("#a86a00", "#e5b04c"),
+    "amber": ("#a06400", "#e5b04c"),
     "red": ("#b3362b", "#f08d80"),
 }
 # Anchors of the budget ramp, low to high compute, in sRGB; interpolated in OKLab so that steps look even.

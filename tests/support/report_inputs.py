@@ -1,0 +1,27 @@
+"""A production run and stage promotions as the platform hands them to the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def production(*, measured: float | None, predicted: float = 1.62, run_id: str = "77aa00ff77aa00ff") -> dict[str, Any]:
+    return {
+        "name": "production", "run_id": run_id, "N": 538_000.0, "D": 1.46e7, "C": 5.2e13, "predicted": predicted,
+        "low": predicted * 0.991, "high": predicted * 1.009, "surface": predicted * 1.004, "measured": measured, "seconds": 312.0,
+        "predicted_at": "2026-01-12 09:12 UTC",
+    }  # fmt: skip
+
+
+def promotions() -> list[dict[str, Any]]:
+    gain = {"gain": 0.012, "low": 0.006, "high": 0.018, "p_value": 0.003}
+    loss = {"gain": -0.02, "low": -0.03, "high": -0.01, "p_value": 0.99}
+    weak = {"gain": 0.001, "low": -0.004, "high": 0.006, "p_value": 0.4}
+    return [
+        {
+            "change": "weight_decay_multiplier=0.5", "stage": "d2 → d4", "verdict": "adopt", "n_seeds": 3,
+            "axes": {"steps": gain, "flops": gain, "seconds": {**gain, "gain": 0.009}}, "reason": "better at both depths",
+        },
+        {"change": "lr_multiplier=2", "stage": "d2", "verdict": "reject", "n_seeds": 3, "axes": {"steps": loss}, "reason": "worse"},
+        {"change": "batch_multiplier=2", "stage": "d2", "verdict": "undecided", "n_seeds": 2, "axes": {"steps": weak}},
+    ]  # fmt: skip
