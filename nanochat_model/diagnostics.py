@@ -7,7 +7,7 @@ B rows, T positions, C model_dim, H heads, K kv heads, D head_dim. Norms are Fro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,32 +18,37 @@ from torch import Tensor, nn
 from nanochat_model import gpt
 from nanochat_model.loop import Batch, Multipliers, StepOutcome, Stepper
 from nanochat_model.ops import rms_norm, rotate
+from nanochat_model.step_times import timed_step
 
 MAX_ROWS = 2  # rows of the forward pass that looks at activations; logits (H, T, T) are made one row and layer at a time
 # Healthy update-to-weight ratios are near 1e-3 a step (the common rule of thumb, e.g. Karpathy's "makemore" lectures).
 
 
-def measured_step(stepper: Stepper, batch: Batch, multipliers: Multipliers) -> tuple[dict[str, float], StepOutcome]:
+def measured_step(
+    stepper: Stepper, batch_of: Callable[[int], Batch], step: int, multipliers: Multipliers
+) -> tuple[dict[str, float], StepOutcome]:
     """One training step that also measures. The update is the one an unmeasured step would make.
 
     Metrics: `gradient_norm/<weight>` (mean over ranks' gradients, before the optimizer), `update_norm/<weight>`,
-    `update_to_weight/<weight>`, and those of `activation_metrics` and `lambda_metrics`. Every rank must call it.
+    `update_to_weight/<weight>`, those of `activation_metrics` and `lambda_metrics`, and `step_seconds/<part>`. Every rank must
+    call it.
     """
     model = stepper.model
-    metrics = activation_metrics(model, batch, stepper) | lambda_metrics(model)
-    loss_part = stepper.forward_backward(batch)
-    outcome = stepper.agree(loss_part)
+    metrics = activation_metrics(model, batch_of(step), stepper) | lambda_metrics(model)
     names = {_short(n): p for n, p in model.named_parameters()}
-    gradients = {n: _mean_gradient(p, stepper) for n, p in names.items()}
     before = {n: p.detach().clone() for n, p in names.items()}
-    stepper.apply(outcome, multipliers)
+
+    def gradient_norms() -> None:
+        for name, p in names.items():
+            metrics[f"gradient_norm/{name}"] = _norm(_mean_gradient(p, stepper))
+
+    times, outcome = timed_step(stepper, batch_of, step, multipliers, gradient_norms)
     for name, p in names.items():
         weight, update = _norm(before[name]), _norm(p.detach() - before[name])
-        metrics[f"gradient_norm/{name}"] = _norm(gradients[name])
         metrics[f"update_norm/{name}"] = update
         if weight > 0:  # projections start at zero
             metrics[f"update_to_weight/{name}"] = update / weight
-    return metrics, outcome
+    return metrics | times, outcome
 
 
 def _short(name: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_model import diagnostics
-from nanochat_model.callbacks import Callbacks
+from nanochat_model.callbacks import Callbacks, StepInfo
 from nanochat_model.checkpoint import CHECKPOINTS_DIR, CheckpointState, capture_rng, copy_tokenizer, save_checkpoint, step_dir
 from nanochat_model.distributed import all_max, barrier, broadcast, first_text
 from nanochat_model.evaluate import evaluate_bpb
@@ -18,6 +19,10 @@ from nanochat_model.progress import GIVE_UP_STEPS, Progress
 from nanochat_model.record import Status
 from nanochat_model.resume import multipliers_at
 from nanochat_model.session import Session
+from nanochat_model.step_times import LOW_MFU, likely_cause, timed_step
+
+SETTLED_STEPS = 20  # steps after which compilation and warm-up no longer weigh on the rate
+_log = logging.getLogger(__name__)
 
 
 class TrainingFailed(Exception):
@@ -48,6 +53,8 @@ class Runner:
         self.parents = parents
         self.kind: Literal["base", "sft"] = kind
         self.extra = extra or {}  # what state.json keeps beyond pretraining's fields
+        self._explain_next = False  # whether the next step is timed, to say why MFU is low
+        self._explained = False
         self._saved_step = progress.step  # of the newest checkpoint: the one resumed from, or none worth writing at 0
         self._saved_at = time.monotonic()
 
@@ -72,10 +79,11 @@ class Runner:
         p.clock.start()
         at = p.step
         multipliers = multipliers_at(self.config, at)
-        measured = _due(at + 1, self.runtime.diagnostics_every_steps)
         metrics: dict[str, float] = {}
-        if measured:
-            metrics, outcome = diagnostics.measured_step(self.session.stepper, self.session.batch(at), multipliers)
+        if _due(at + 1, self.runtime.diagnostics_every_steps):
+            metrics, outcome = diagnostics.measured_step(self.session.stepper, self.session.batch, at, multipliers)
+        elif self._explain_next:
+            metrics, outcome = timed_step(self.session.stepper, self.session.batch, at, multipliers)
         else:
             outcome = self.session.stepper.step(self.session.batch(at), multipliers)
         p.after_step(outcome.loss, skipped=outcome.skipped)
@@ -110,9 +118,10 @@ class Runner:
         save = self._save_due(report) and not last
         if not (report or evaluate or core or sample or save):
             return False
-        info = p.step_info(multipliers.lr, metrics) if report and self.callbacks else None
+        info = p.step_info(multipliers.lr, metrics) if report else None
         p.clock.stop()
         if info is not None:
+            self._explain_low_mfu(info)
             self.callbacks.call("on_step", info)
         self._evaluate_if(evaluate)
         if core:
@@ -121,6 +130,19 @@ class Runner:
             self._sample()
         self._save_if(save)
         return not last and self._stop_agreed()
+
+    def _explain_low_mfu(self, info: StepInfo) -> None:
+        """Once a run: where MFU is low on a GPU, time a step and say what the likely cause is."""
+        if self._explain_next and info.diagnostics:
+            self._explain_next, self._explained = False, True
+            rows = self.session.stepper.micro_batch_rows * self.config.model.sequence_len
+            windowed = min(self.config.model.windows) < self.config.model.sequence_len
+            attention = self.session.model.choose_attention(self.session.device)
+            cause = likely_cause(info.diagnostics, micro_batch_tokens=rows, attention=attention, windowed=windowed)
+            if self.ranks.is_main:
+                _log.warning("MFU is under %.0f%% of the device's peak: %s", 100 * LOW_MFU, cause)
+        elif not self._explained and self.progress.steps_here >= SETTLED_STEPS and info.mfu is not None:
+            self._explain_next = all_max([float(info.mfu < LOW_MFU)])[0] > 0
 
     def _save_due(self, at_report: bool) -> bool:
         step, every_seconds = self.progress.step, self.runtime.checkpoint_every_seconds

@@ -1,21 +1,26 @@
 """CORE on a small bundle, against one prompt at a time through the plain model."""
 
+import dataclasses
 import json
 import math
 import random
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import tiny_config, tiny_shards
+from tiny_run import RUNTIME, tiny_config, tiny_shards
 
 from nanochat_model import core
+from nanochat_model.callbacks import Callback
+from nanochat_model.checkpoint import load_model
 from nanochat_model.core import evaluate_core, prompts
 from nanochat_model.core_bundle import Task, load_bundle
 from nanochat_model.errors import ConfigError
 from nanochat_model.gpt import GPT
 from nanochat_model.tokenizer import Tokenizer
+from nanochat_model.train import pretrain
 
 TASKS = """
 icl_tasks:
@@ -175,3 +180,27 @@ def test_broken_bundles_are_named(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "eval_data" / "mc.jsonl").write_text('{"query": "q", "choi')
     with pytest.raises(ConfigError, match=r"mc\.jsonl:1: not JSON"):
         load_bundle(str(tmp_path))
+
+
+def test_training_scores_core_now_and_at_the_end(bundle: Path, tmp_path: Path) -> None:
+    class Scores(Callback):
+        def __init__(self) -> None:
+            self.metrics: list[tuple[int, dict[str, float]]] = []
+            self.samples: list[tuple[int, list[str]]] = []
+
+        def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
+            self.metrics.append((step, metrics))
+
+        def on_sample(self, step: int, texts: Sequence[str]) -> None:
+            self.samples.append((step, list(texts)))
+
+    scores = Scores()
+    runtime = dataclasses.replace(RUNTIME, core_bundle=str(bundle), core_every_steps=2, core_max_per_task=5, sample_every_steps=3)
+    record = pretrain(tiny_config(num_steps=4), runtime, run_dir=tmp_path, callbacks=[scores])
+    assert [step for step, _ in scores.metrics] == [2, 4]
+    assert (
+        record.core
+        == scores.metrics[1][1]["core"]
+        == evaluate_core(load_model(str(tmp_path)), tiny_shards().tokenizer, str(bundle), max_per_task=5).core
+    )
+    assert [step for step, _ in scores.samples] == [3] and scores.samples[0][1][0].startswith("def ")

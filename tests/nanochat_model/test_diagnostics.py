@@ -1,14 +1,22 @@
+import logging
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import RUNTIME, tiny_config
 
+from nanochat_model import device as devices
 from nanochat_model import diagnostics
+from nanochat_model.callbacks import Callback, StepInfo
 from nanochat_model.distributed import Ranks
+from nanochat_model.loop import Batch
 from nanochat_model.resume import multipliers_at
 from nanochat_model.session import Session, build_session
+from nanochat_model.step_times import likely_cause, timed_step
+from nanochat_model.train import pretrain
 
 
 @pytest.fixture
@@ -28,7 +36,7 @@ def test_norms_are_those_of_gradients_and_updates(session: Session) -> None:
     gradients = {n: p.grad.norm().item() for n, p in names.items() if p.grad is not None}
     session.optimizer.zero_grad()
     before = {n: p.detach().clone() for n, p in names.items()}
-    metrics, outcome = diagnostics.measured_step(session.stepper, session.batch(0), multipliers_at(session.config, 0))
+    metrics, outcome = diagnostics.measured_step(session.stepper, session.batch, 0, multipliers_at(session.config, 0))
     assert not outcome.skipped and len(gradients) == len(names)
     for name, p in names.items():
         short = name.removeprefix("transformer.").removesuffix(".weight")
@@ -107,3 +115,60 @@ def test_backward_order() -> None:
              "transformer.h.2.attn.c_v.weight", "value_embeds.2.weight", "transformer.h.0.mlp.c_fc.weight", "x0_lambdas",
              "transformer.wte.weight"]  # fmt: skip
     assert sorted(names, key=lambda n: diagnostics.backward_position(n, 3), reverse=True) == names
+
+
+def test_parts_of_a_step_add_up(session: Session) -> None:
+    metrics, outcome = timed_step(session.stepper, slow_batch(session, 0.2), 0, multipliers_at(session.config, 0))
+    assert not outcome.skipped and metrics["step_seconds/data"] >= 0.2
+    assert metrics["step_seconds/compute"] > 0 and metrics["step_seconds/optimizer"] > 0
+    assert metrics["step_seconds/wait"] == metrics["step_seconds/communication"] == 0, "one rank waits for nobody"
+
+
+def slow_batch(session: Session, seconds: float) -> Callable[[int], Batch]:
+    def batch(k: int) -> Batch:
+        time.sleep(seconds)
+        return session.batch(k)
+
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "expected"),
+    [
+        ({"data": 0.3, "compute": 0.7}, {}, "waiting for data takes 30%"),
+        ({"compute": 1.0, "compute_max": 1.0, "compute_min": 0.5, "slowest_rank": 3.0}, {}, "rank 3 needs 1 s"),
+        ({"compute": 0.6, "communication": 0.4}, {}, "communication takes 40%"),
+        ({"compute": 0.9, "optimizer": 0.1}, {"attention": "sdpa", "windowed": True}, "falls back to sdpa"),
+        ({"compute": 0.5, "optimizer": 0.5}, {}, "optimizer takes 50%"),
+        ({"compute": 0.9, "optimizer": 0.1}, {"micro_batch_tokens": 2048}, "micro-batch of 2048 tokens"),
+        ({"compute": 0.9, "optimizer": 0.1}, {}, "none stands out: 90%"),
+        ({}, {}, "no step was measured"),
+    ],
+)
+def test_the_likely_cause_of_a_low_mfu(parts: dict, options: dict, expected: str) -> None:
+    metrics = {f"step_seconds/{k}": v for k, v in parts.items()}
+    assert expected in likely_cause(metrics, **{"micro_batch_tokens": 65536, "attention": "fa3", "windowed": True, **options})
+
+
+def test_a_low_mfu_is_explained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """With a peak that no CPU reaches; the losses are those of a run that nobody timed."""
+    losses: dict[bool, list[float]] = {}
+    for timed in (False, True):
+        kept = losses.setdefault(timed, [])
+
+        class Keep(Callback):
+            def on_step(self, info: StepInfo, kept: list[float] = kept) -> None:
+                kept.append(info.train_loss)
+
+        if timed:
+            monkeypatch.setattr(devices, "peak_flops", lambda device: 1e15)
+        with caplog.at_level(logging.WARNING):
+            record = pretrain(tiny_config(num_steps=30), RUNTIME, run_dir=tmp_path / str(timed), callbacks=[Keep()])
+        assert caplog.text.count("MFU is under 40%") == int(timed)
+    assert losses[True] == losses[False] and record.mfu is not None and record.mfu < 0.4
+
+
+def test_an_impossible_mfu_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "peak_flops", lambda device: 1e3)
+    record = pretrain(tiny_config(), RUNTIME, run_dir=tmp_path)
+    assert record.status == "failed" and "is not the peak of this device" in str(record.error)

@@ -2,6 +2,7 @@ import dataclasses
 import gc
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from nanochat_model.errors import ConfigError
 from nanochat_model.evaluate import evaluate_bpb
 from nanochat_model.gpt import GPT
 from nanochat_model.loader import Loader
+from nanochat_model.loop import Batch
 from nanochat_model.record import CurvePoint, RunRecord
+from nanochat_model.session import Prefetcher
 from nanochat_model.train import pretrain
 
 
@@ -283,3 +286,18 @@ def test_bf16_follows_fp32(tmp_path: Path) -> None:
     _, half = run(tmp_path / "b", tiny_config(compute_dtype="bfloat16", **still))
     np.testing.assert_allclose(half.losses, full.losses, rtol=0.02)
     assert {t.dtype for t in read_model_state(find_latest(tmp_path / "b" / CHECKPOINTS_DIR)).values()} == {torch.float32}
+
+
+def test_reading_ahead_gives_the_same_batches() -> None:
+    """In order, again, backwards and past the end; always from one thread."""
+    threads = set()
+
+    def batch(k: int) -> Batch:
+        threads.add(threading.current_thread().name)
+        return Batch(inputs=np.full((1, 2), k), targets=np.full((1, 2), k), num_targets=2)
+
+    ahead = Prefetcher(batch, num_steps=6)
+    for k in (0, 1, 2, 2, 5, 3, 4, 5, 0):
+        assert ahead(k).inputs[0, 0] == k
+    ahead.close()
+    assert len(threads) == 1 and threading.current_thread().name not in threads
