@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_model.checkpoint import CheckpointState, read_model_state, read_state, resolve, save_checkpoint
+from nanochat_model.checkpoint import TOKENIZER_DIR, CheckpointState, read_model_state, read_state, resolve, save_checkpoint
 from nanochat_model.config import GPTConfig
 from nanochat_model.counts import count_params
 from nanochat_model.errors import ConfigError
 from nanochat_model.gpt import GPT
 from nanochat_model.identity import write_atomic
+from nanochat_model.tokenizer_import import import_nanochat_tokenizer
 
 PREFIX = "_orig_mod."  # torch.compile puts it before every name
 _MODEL_FILE = re.compile(r"model_(\d+)\.pt$")
@@ -43,10 +44,16 @@ class NanochatCheckpoint:
     filled: tuple[str, ...]  # parameters an older checkpoint lacks, given the value that leaves them without effect
 
 
-def import_nanochat(src: str | os.PathLike[str], out: str | os.PathLike[str], step: int | None = None) -> Path:
+def import_nanochat(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    step: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> Path:
     """Convert the checkpoint in folder `src` (its last step unless given) into a checkpoint under `out`; returns its folder.
 
-    Raises ConfigError if a file is missing, broken, of another architecture, or holds anything but tensors.
+    `tokenizer`: nanochat's tokenizer.pkl or its folder, converted beside the checkpoint (nothing in it is executed). Not given,
+    it is looked for where nanochat keeps it, two folders above `src`; without one the weights alone are imported. Raises ConfigError if a file is missing, broken, of another architecture, or holds anything but tensors.
     """
     found = read_nanochat(src, step)
     extra = {
@@ -56,6 +63,15 @@ def import_nanochat(src: str | os.PathLike[str], out: str | os.PathLike[str], st
         "filled": list(found.filled),
     }
     state = CheckpointState(kind="imported", step=found.step, model=found.config, extra=extra)
+    standard = Path(src).resolve().parent.parent / "tokenizer" / "tokenizer.pkl"
+    if tokenizer is not None or standard.is_file():
+        converted = import_nanochat_tokenizer(Path(tokenizer or standard))
+        if converted.vocab_size != found.config.vocab_size:
+            raise ConfigError(
+                f"tokenizer {tokenizer or standard} has {converted.vocab_size} ids, the model {found.config.vocab_size}; "
+                "give the one the model was trained with"
+            )
+        converted.save(Path(out) / TOKENIZER_DIR)
     return save_checkpoint(out, state, found.weights)
 
 
