@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,14 +70,10 @@ def build_corpus(source: str, out_dir: str | Path, *, val_fraction: float = 0.05
     found = existing()
     if found is not None:
         return found
+    reader = _Reader(source, files, val_fraction, progress)
     if _find(out_dir) is None:
-        return build_folder(
-            out_dir,
-            fingerprint,
-            existing=existing,
-            build=lambda work: _build(source, files, work, fingerprint, val_fraction, progress),
-        )
-    return _check_unchanged(source, files, out_dir, fingerprint, val_fraction, progress)
+        return build_folder(out_dir, fingerprint, existing=existing, build=lambda work: _build(reader, work, fingerprint))
+    return _check_unchanged(reader, out_dir, fingerprint)
 
 
 def open_corpus(path: str | Path) -> CorpusInfo:
@@ -133,53 +130,46 @@ def _find(out_dir: Path) -> CorpusInfo | None:
     return info
 
 
-def _check_unchanged(
-    source: str, files: list[SourceFile], out_dir: Path, fingerprint: str, val_fraction: float, progress: Progress | None
-) -> CorpusInfo:
+def _check_unchanged(reader: _Reader, out_dir: Path, fingerprint: str) -> CorpusInfo:
     """The source looks touched: it is read again, and the corpus stays if the documents are the same."""
     old = open_corpus(out_dir)
-    digest = hashlib.sha256()
-    for _, split in _documents(source, files, val_fraction, {}, [], progress, digest):
-        assert split in SPLITS
-    if digest.hexdigest()[:HASH_LEN] != old.hash:
+    for _ in reader.documents():
+        pass
+    if reader.hash != old.hash:
         raise ConfigError(
             f"{out_dir} already holds corpus {old.hash} (source {old.source!r}, val_fraction {old.val_fraction}), not the one "
-            f"asked for (source {source!r}, val_fraction {val_fraction}); choose another folder or remove this one"
+            f"asked for (source {reader.source!r}, val_fraction {reader.val_fraction}); choose another folder or remove this one"
         )
     info = dataclasses.replace(old, fingerprint=fingerprint)
     _save(info, out_dir)
     return info
 
 
-def _build(
-    source: str, files: list[SourceFile], work: Path, fingerprint: str, val_fraction: float, progress: Progress | None
-) -> None:
-    dropped: dict[str, int] = {"duplicate": 0, "empty": 0, "not_utf8": 0}
-    left_out: list[str] = []
-    digest = hashlib.sha256()
+def _build(reader: _Reader, work: Path, fingerprint: str) -> None:
     writers = {split: _SplitWriter(work / split) for split in SPLITS}
-    smallest = 1.0
-    for data, split in _documents(source, files, val_fraction, dropped, left_out, progress, digest):
+    for data, split in reader.documents():
         writers[split].add(data)
-        if split == "train" and not writers["val"].num_docs:
-            smallest = min(smallest, _unit(hashlib.sha256(data).digest()))
     for writer in writers.values():
         writer.close()
     train, val = writers["train"], writers["val"]
     total = train.num_docs + val.num_docs
     if total < 2:
-        raise ConfigError(f"corpus {source!r} holds {total} documents after dropping {dropped}; at least 2 are needed")
+        raise ConfigError(
+            f"corpus {reader.source!r} holds {total} documents after dropping {reader.dropped}; at least 2 are needed"
+        )
     if not train.num_docs:
-        raise ConfigError(f"corpus {source!r}: all {total} documents fall to validation; lower val_fraction {val_fraction}")
+        raise ConfigError(
+            f"corpus {reader.source!r}: all {total} documents fall to validation; lower val_fraction {reader.val_fraction}"
+        )
     if not val.num_docs:
         raise ConfigError(
-            f"corpus {source!r}: none of its {total} documents falls to validation at val_fraction {val_fraction}; give more "
-            f"documents or a val_fraction above {smallest:.3f}"
+            f"corpus {reader.source!r}: none of its {total} documents falls to validation at val_fraction {reader.val_fraction}; "
+            f"give more documents or a val_fraction of at least {math.ceil(reader.smallest * 1000 + 1) / 1000}"
         )
     info = CorpusInfo(
-        source=source, fingerprint=fingerprint, hash=digest.hexdigest()[:HASH_LEN], val_fraction=val_fraction,
+        source=reader.source, fingerprint=fingerprint, hash=reader.hash, val_fraction=reader.val_fraction,
         num_docs=total, num_bytes=train.num_bytes + val.num_bytes, train_docs=train.num_docs, train_bytes=train.num_bytes,
-        val_docs=val.num_docs, val_bytes=val.num_bytes, dropped=dropped, left_out=tuple(left_out[:MAX_NAMES]),
+        val_docs=val.num_docs, val_bytes=val.num_bytes, dropped=reader.dropped, left_out=tuple(reader.left_out[:MAX_NAMES]),
         files={split: writers[split].files for split in SPLITS},
     )  # fmt: skip
     _save(info, work)
@@ -191,41 +181,54 @@ def _save(info: CorpusInfo, folder: Path) -> None:
     write_atomic(folder / CORPUS_FILE, json.dumps(data, indent=1))
 
 
-def _documents(
-    source: str,
-    files: list[SourceFile],
-    val_fraction: float,
-    dropped: dict[str, int],
-    left_out: list[str],
-    progress: Progress | None,
-    digest: hashlib._Hash,
-) -> Iterator[tuple[bytes, str]]:
-    """Every kept document as UTF-8 and its split; counts the others in `dropped` and feeds `digest`."""
-    seen = _SeenHashes()
-    total, done = sum(f.size for f in files), 0
-    for file in files:
-        read = 0
-        for number, text in enumerate(read_texts(source, file), 1):
-            if progress is not None and number % PROGRESS_DOCS == 0:
-                progress(done + min(read, file.size), total)
+class _Reader:
+    """Reads a source once: its kept documents with their split, and what was left out."""
+
+    def __init__(self, source: str, files: list[SourceFile], val_fraction: float, progress: Progress | None) -> None:
+        self.source, self.val_fraction = source, val_fraction
+        self.dropped = {"duplicate": 0, "empty": 0, "not_utf8": 0}
+        self.left_out: list[str] = []
+        self.smallest = 1.0  # hash of a kept document, in 0..1
+        self._files, self._progress, self._digest = files, progress, hashlib.sha256()
+
+    @property
+    def hash(self) -> str:
+        """Of the documents read so far, in order, and their split."""
+        return self._digest.hexdigest()[:HASH_LEN]
+
+    def documents(self) -> Iterator[tuple[bytes, str]]:
+        """Every kept document as UTF-8, and its split."""
+        seen = _SeenHashes()
+        for file, text in self._texts():
             if text is None:
-                dropped["not_utf8"] = dropped.get("not_utf8", 0) + 1
-                left_out.append(file.name)
+                self.dropped["not_utf8"] += 1
+                self.left_out.append(file.name)
                 continue
             data = text.encode()
-            read += len(data)
             key = hashlib.sha256(data).digest()
             if not text.strip():
-                dropped["empty"] = dropped.get("empty", 0) + 1
+                self.dropped["empty"] += 1
             elif not seen.add(int.from_bytes(key[:8], "big")):
-                dropped["duplicate"] = dropped.get("duplicate", 0) + 1
+                self.dropped["duplicate"] += 1
             else:
-                split = "val" if _unit(key) < val_fraction else "train"
-                digest.update(split.encode() + key)
+                self.smallest = min(self.smallest, _unit(key))
+                split = "val" if _unit(key) < self.val_fraction else "train"
+                self._digest.update(split.encode() + key)
                 yield data, split
-        done += file.size
-        if progress is not None:
-            progress(done, total)
+
+    def _texts(self) -> Iterator[tuple[SourceFile, str | None]]:
+        """Every document with its file; reports progress in bytes of the files (of text, where that is less)."""
+        total, done = sum(f.size for f in self._files), 0
+        for file in self._files:
+            read = 0
+            for number, text in enumerate(read_texts(self.source, file), 1):
+                yield file, text
+                read += len(text or "")
+                if self._progress is not None and number % PROGRESS_DOCS == 0:
+                    self._progress(done + min(read, file.size), total)
+            done += file.size
+            if self._progress is not None:
+                self._progress(done, total)
 
 
 def _unit(digest: bytes) -> float:
