@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from nanochat_model import device as devices
 from nanochat_model.callbacks import Callback, Callbacks
@@ -21,6 +22,7 @@ from nanochat_model.checkpoint import (
     checkpoint_hash,
     find_latest,
     load_weights,
+    read_optimizer_state,
     read_state,
     resolve,
 )
@@ -38,7 +40,7 @@ from nanochat_model.resume import Start
 from nanochat_model.runner import Runner
 from nanochat_model.session import Session, build_stepper
 from nanochat_model.tokenizer import Tokenizer
-from nanochat_model.train import DEFAULT_RUNTIME, iso_time, load_optimizer, restore_progress, run_to_end
+from nanochat_model.train import DEFAULT_RUNTIME, iso_time, restore_progress, run_to_end
 from nanochat_model.version import git_commit
 
 RECORD_FILE = "sft.json"  # not record.json: a fine-tuning is no point of a scaling law
@@ -163,7 +165,7 @@ def sft(
     if start is None:
         load_weights(session.model, base)
         if config.warm_start:
-            load_optimizer(session.optimizer, base)
+            _warm_start(session.optimizer, base)
     progress = restore_progress(session, start)
     before = start.state.extra["val_loss_before"] if start else evaluate_loss(session.model, session.validation)
     calls = Callbacks(callbacks)
@@ -200,6 +202,13 @@ def sft(
         raise error
     barrier()
     return record
+
+
+def _warm_start(optimizer: Any, base: Path) -> None:
+    state = read_optimizer_state(base)
+    if state is None:
+        raise ConfigError(f"{base} holds no optimizer state to start from (it was imported?); set sft.warm_start to False")
+    optimizer.load_consolidated(state)
 
 
 def resolve_config(config: SFTConfig, base: CheckpointState, train: ConversationSet) -> TrainConfig:

@@ -243,6 +243,9 @@ def print_diagnostics(metrics: Mapping[str, float]) -> None:
         kind, _, where = key.partition("/")
         if math.isfinite(value):
             kinds.setdefault(kind, []).append((value, where))
+    times = kinds.pop("step_seconds", [])
+    if times:
+        print("  seconds of this step: " + ", ".join(f"{where} {value:.4g}" for value, where in times))
     for kind, values in kinds.items():
         (low, at_low), (high, at_high) = min(values), max(values)
         print(f"  {kind}: {low:.3g} {at_low} … {high:.3g} {at_high}" if len(values) > 1 else f"  {kind}: {low:.3g}")

@@ -9,7 +9,18 @@ import torch
 from tiny_run import RUNTIME, tiny_config, tiny_shards
 
 from nanochat_model.callbacks import Callback, StepInfo
-from nanochat_model.checkpoint import CHECKPOINTS_DIR, checkpoint_hash, find_latest, load_model, read_optimizer_state, read_state
+from nanochat_model.checkpoint import (
+    CHECKPOINTS_DIR,
+    CheckpointState,
+    checkpoint_hash,
+    copy_tokenizer,
+    find_latest,
+    load_model,
+    read_model_state,
+    read_optimizer_state,
+    read_state,
+    save_checkpoint,
+)
 from nanochat_model.config import TrainConfig
 from nanochat_model.conversations import ConversationLoader, ConversationSet
 from nanochat_model.errors import ConfigError
@@ -149,6 +160,20 @@ def test_only_supervised_targets_count(base: Path) -> None:
     expected.backward()
     assert part.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient, model.lm_head.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_an_imported_model_has_no_optimizer_to_take_over(base: Path, conversations: Path, tmp_path: Path) -> None:
+    ours = find_latest(base / CHECKPOINTS_DIR)
+    assert ours is not None
+    state = CheckpointState(kind="imported", step=8, model=read_state(ours).model)
+    imported = save_checkpoint(tmp_path / "imported", state, read_model_state(ours))
+    copy_tokenizer(base / "tokenizer", tmp_path)
+    options = {"base_checkpoint": imported, "conversations": conversations, "run_dir": tmp_path / "sft"}
+    config = dataclasses.replace(CONFIG, num_steps=2, batch_tokens=128)
+    with pytest.raises(ConfigError, match=r"set sft\.warm_start to False"):
+        sft(config, RUNTIME, **options)
+    record = sft(dataclasses.replace(config, warm_start=False), RUNTIME, **options)
+    assert record.status == "complete" and record.train_config.batch_tokens == 128
 
 
 def test_bad_input_is_told(base: Path, conversations: Path, tmp_path: Path) -> None:
