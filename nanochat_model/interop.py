@@ -53,7 +53,8 @@ def import_nanochat(
     """Convert the checkpoint in folder `src` (its last step unless given) into a checkpoint under `out`; returns its folder.
 
     `tokenizer`: nanochat's tokenizer.pkl or its folder, converted beside the checkpoint (nothing in it is executed). Not given,
-    it is looked for where nanochat keeps it, two folders above `src`; without one the weights alone are imported. Raises ConfigError if a file is missing, broken, of another architecture, or holds anything but tensors.
+    it is looked for where nanochat keeps it, two folders above `src`; without one the weights alone are imported.
+    Raises ConfigError if a file is missing, broken, of another architecture, or holds anything but tensors.
     """
     found = read_nanochat(src, step)
     extra = {
