@@ -112,27 +112,26 @@ def _packed(lengths: np.ndarray, row_tokens: int, key: tuple[object, ...], buffe
 def _pack(lengths: Sequence[int], capacity: int, buffer_docs: int, *, crop: bool) -> tuple[list[int], list[int], list[int]]:
     """Best-fit in the order given: row_ptr, document and length of every span. Of equally long documents the earliest goes
     first. The buffer is a sorted list, so a document costs a few binary searches."""
-    number_bits = max(1, len(lengths)).bit_length()  # a buffered document is the integer length·2^bits + number
-    buffer = sorted((n << number_bits) + i for i, n in enumerate(lengths[:buffer_docs]))
-    number_mask = (1 << number_bits) - 1
-    upcoming, count = len(buffer), len(lengths)
+    count = len(lengths)
+    bits = max(1, count).bit_length()  # a waiting document is the integer length·2^bits + (count - number): earlier is larger
+    buffer = sorted((n << bits) + count - i for i, n in enumerate(lengths[:buffer_docs]))
+    upcoming = len(buffer)
     row_ptr, docs, sizes = [0], [], []
     while buffer:
         room = capacity
         while room and buffer:
-            at = bisect.bisect_left(buffer, (room + 1) << number_bits) - 1
-            if at >= 0:
-                at = bisect.bisect_left(buffer, buffer[at] & ~number_mask)  # the earliest of that length
-            elif crop:
-                at = 0
-            else:
-                break
-            size, doc = divmod(buffer.pop(at), number_mask + 1)
-            docs.append(doc)
-            sizes.append(min(size, room))
-            room -= sizes[-1]
+            at = bisect.bisect_left(buffer, (room + 1) << bits) - 1
+            if at < 0:
+                if not crop:
+                    break
+                at = bisect.bisect_left(buffer, ((buffer[0] >> bits) + 1) << bits) - 1
+            document = buffer.pop(at)
+            size = min(document >> bits, room)
+            docs.append(count - (document & ((1 << bits) - 1)))
+            sizes.append(size)
+            room -= size
             if upcoming < count:
-                bisect.insort(buffer, (lengths[upcoming] << number_bits) + upcoming)
+                bisect.insort(buffer, (lengths[upcoming] << bits) + count - upcoming)
                 upcoming += 1
         if room and crop:  # documents ran out
             del docs[row_ptr[-1] :], sizes[row_ptr[-1] :]
