@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from analysis.report import format as fmt
 from analysis.table import RunTable
 
 LEVELS = ("bad", "warn", "note")
+EXPONENT_FORM = re.compile(r"(?<![\w.])\d(?:\.\d+)?e[+-]?\d+\b")  # 4e+11, as Python prints it
 MANY_LEFT_OUT = 0.1  # share of rows left out from which a reader should know at once
 SETTING_TITLES = {"batch_size": "Batch size", "learning_rate": "Learning rate", "weight_decay": "Weight decay"}
 
@@ -24,7 +26,7 @@ def warning_facts(raw: Mapping[str, Any], table: RunTable, facts: Mapping[str, A
     for reason in facts["prediction"].get("reasons") or []:
         found.append({"level": "bad" if verdict == "refuse" else "warn", "text": sentence(reason)})
     for source in (raw.get("warnings"), (raw.get("allocation") or {}).get("warnings")):
-        found += [as_warning(w) for w in source or []]
+        found += [as_warning(w) for w in source or [] if not str(w).startswith("prediction: ")]  # those are above, as reasons
     rows = len(table) + len(table.left_out)
     if rows and len(table.left_out) > MANY_LEFT_OUT * rows:
         text = (
@@ -47,6 +49,6 @@ def as_warning(value: Any) -> dict[str, str]:
 
 def sentence(value: Any) -> str:
     """Starts with a capital letter (unless it starts with a symbol's name) and ends with a stop."""
-    text = str(value).strip()
+    text = EXPONENT_FORM.sub(lambda m: fmt.scientific(float(m.group())), str(value).strip())
     head = text[:1].upper() + text[1:] if text[:2].islower() else text
     return head if head.endswith((".", "!", "?")) else head + "."

@@ -13,6 +13,7 @@ from analysis.report import format as fmt
 from analysis.report.figures.surface import surface_loss
 
 Block = Mapping[str, Any]
+Z90 = 1.6448536269514722  # of the normal: a 90% interval from a standard deviation
 NO_ALLOCATION = "No grid of sizes over compute budgets among these runs, so the split of compute is not fitted."
 NO_BUDGETS = "These runs share no compute budgets, so there are no isoFLOP curves; the surface uses the runs as they are."
 SAME_BUDGET = 0.2  # of log C: runs of one budget differ by the rounding to whole steps
@@ -29,8 +30,9 @@ def allocation_facts(raw: Block, frame: pd.DataFrame, convention: str, labels: M
     facts["conventions"] = _conventions(raw, convention, labels, minima)
     facts["parametric"] = _parametric(raw, facts["conventions"], convention)
     facts["frontier"] = _frontier(raw.get("frontier") or {})
-    facts["prediction"] = _prediction(raw)
-    facts["held_out"] = _held_out(raw.get("held_out") or [])
+    chosen = (facts["conventions"].get("by_name") or {}).get(convention) or {}
+    facts["prediction"] = _prediction(raw, chosen.get("path") or {})
+    facts["held_out"] = _held_out(raw.get("held_out") or [], raw.get("held_out_runs") or [])
     return facts
 
 
@@ -108,10 +110,18 @@ def _convention(block: Block, label: str, minima: list[Any]) -> dict[str, Any]:
         "minima": minima,
         "N_exponent": exponent(block.get("N")) or path_exponent(path, "N"),
         "D_exponent": exponent(block.get("D")) or path_exponent(path, "D"),
-        "ratio_exponent": path_exponent(path, "ratio"),
+        "ratio_exponent": _drift(block.get("steadiness")) or path_exponent(path, "ratio"),
         "ratio_ends": [found[0], found[-1]] if found else [ratios[0], ratios[-1]] if ratios else None,
         "steadiness": block.get("steadiness"),
     }
+
+
+def _drift(steadiness: Block | None) -> dict[str, Any] | None:
+    """Exponent of D/N in compute through the budgets' minima."""
+    if not steadiness or not fmt.is_number(steadiness.get("drift")):
+        return None
+    low, high = steadiness.get("drift_interval") or (None, None)
+    return {"value": steadiness["drift"], "low": low, "high": high}
 
 
 def path_exponent(path: Block, quantity: str) -> dict[str, Any] | None:
@@ -156,39 +166,70 @@ def _parametric(raw: Block, conventions: Block, convention: str) -> dict[str, An
     if fmt.is_number(fit.get("residual_sd")):
         text += f" within {fmt.percent(fit['residual_sd'])} (robust standard deviation of the residuals)"
     text += f"; {fit['message'].rstrip('.')}." if fit.get("message") else "."
-    return {**fit, "path": path or None, "text": text}
+    variants = {"huber_1e-3 (reported)": fit, **(fit.get("variants") or {})}
+    outliers = fit.get("without_outliers") or {}
+    if outliers.get("fit"):
+        gone = (outliers.get("flagged") or 0) + (outliers.get("far") or 0)
+        variants[f"without {fmt.plural(gone, 'outlier')}"] = outliers["fit"]
+    keys = ("E", "A", "B", "alpha", "beta", "status")
+    short = {name: {k: v.get(k) for k in keys} for name, v in variants.items()}
+    return {**fit, "path": path or None, "text": text, "variants": short if len(short) > 1 else {}}
 
 
 def _frontier(raw: Block) -> dict[str, Any]:
     if not fmt.is_number(raw.get("E")):
         return {"missing": raw.get("message") or "No frontier: it needs the lowest loss of at least three budgets."}
-    return dict(raw)
+    points = [dict(p) for p in raw.get("points") or []]
+    for p in points:
+        if fmt.is_number(p.get("sd")):
+            p["low"], p["high"] = p["L"] * math.exp(-Z90 * p["sd"]), p["L"] * math.exp(Z90 * p["sd"])
+    return {**raw, "points": points}
 
 
-def _prediction(raw: Block) -> dict[str, Any]:
-    """The target's allocation and its loss in one block."""
+def _prediction(raw: Block, path: Block) -> dict[str, Any]:
+    """The target's allocation and its loss in one block. low, high are those of one run (its seed noise included) where they
+    are known, else of the expected loss; the ends of N, D and D/N come from the path's band."""
     out = dict(raw.get("prediction") or {})
     if not fmt.is_number(out.get("C")) or not fmt.is_number(out.get("value")):
         return {**out, "text": "Nothing is predicted: these runs carry no frontier."}
-    interval = (
-        "no interval can be given" if not fmt.is_number(out.get("low")) else fmt.interval(out["low"], out.get("high"), fmt.loss)
-    )
+    if fmt.is_number(out.get("run_low")) and fmt.is_number(out.get("run_high")):
+        out |= {"expected_low": out.get("low"), "expected_high": out.get("high"), "low": out["run_low"], "high": out["run_high"]}
+    ratio = raw.get("ratio") or {}
+    same = fmt.is_number(ratio.get("C")) and abs(ratio["C"] / out["C"] - 1) < 1e-9
+    for key in ("N", "D", "ratio"):
+        for end in ("low", "high"):
+            if not fmt.is_number(out.get(f"{key}_{end}")):
+                out[f"{key}_{end}"] = ratio.get(f"{key}_{end}") if same else _along(path, f"{key}_{end}", float(out["C"]))
+    known = fmt.is_number(out.get("low"))
+    interval = f"90% interval {fmt.interval(out['low'], out.get('high'), fmt.loss)}" if known else "no interval can be given"
     text = f"At {fmt.flops(out['C'])} FLOPs the frontier gives {fmt.loss(out['value'])} ({interval})"
     if fmt.is_number(out.get("surface")):
-        text += f"; the surface, as another form of the same law, {fmt.loss(out['surface'])} "
+        text += f"; the surface, another form of the same law, gives {fmt.loss(out['surface'])} "
         text += f"({fmt.percent(out['surface'] / out['value'] - 1, 2, True)})"
     return {**out, "text": text + "."}
 
 
-def _held_out(rows: Sequence[Block]) -> dict[str, Any]:
+def _along(path: Block, key: str, c: float) -> float | None:
+    """A column of a path at C, log-linear between its points; None outside it or where it is unknown."""
+    pairs = [(x, v) for x, v in zip(path.get("C") or [], path.get(key) or [], strict=False) if fmt.is_number(v) and v > 0]
+    if len(pairs) < 2 or not pairs[0][0] * 0.999 <= c <= pairs[-1][0] * 1.001:
+        return None
+    logs = np.log(np.array(pairs, dtype=float))
+    return float(np.exp(np.interp(math.log(c), logs[:, 0], logs[:, 1])))
+
+
+def _has_error(row: Block) -> bool:
+    return fmt.is_number(row.get("measured")) and fmt.is_number(row.get("predicted"))
+
+
+def _held_out(minima: Sequence[Block], runs: Sequence[Block]) -> dict[str, Any]:
     """One row a budget that was predicted from those below it: its minimum, and the errors of its single runs beside it."""
-    known = [r for r in rows if fmt.is_number(r.get("measured")) and fmt.is_number(r.get("predicted"))]
     kept: list[dict[str, Any]] = []
-    for c in sorted({float(r["C"]) for r in known if r.get("kind", "minimum") == "minimum"}):
-        main = next(dict(r) for r in known if float(r["C"]) == c and r.get("kind", "minimum") == "minimum")
-        runs = [r for r in known if r.get("kind") == "run" and abs(math.log(float(r["C"]) / c)) < SAME_BUDGET]
-        errors = [r["measured"] / r["predicted"] - 1 for r in runs[:: max(1, len(runs) // MOST_RUNS)]]
-        kept.append({**main, "label": f"{fmt.scientific(c, 2)} FLOPs", "run_errors": errors})
+    for row in sorted(filter(_has_error, minima), key=lambda r: float(r["C"])):
+        c = float(row["C"])
+        own = [r for r in runs if _has_error(r) and abs(math.log(float(r["C"]) / c)) < SAME_BUDGET]
+        errors = [r["measured"] / r["predicted"] - 1 for r in own[:: max(1, len(own) // MOST_RUNS)]]
+        kept.append({**row, "label": f"{fmt.scientific(c, 2)} FLOPs", "run_errors": errors})
     if not kept:
         return {"missing": NO_HELD_OUT}
     errors = [r["measured"] / r["predicted"] - 1 for r in kept]

@@ -171,7 +171,11 @@ def parameter_table(block: Facts) -> Html:
 def variants_table(variants: Facts) -> Html:
     keys = ("E", "A", "B", "alpha", "beta")
     rows = [
-        [name.replace("_", " "), *(fmt.significant(fit.get(k), 4) for k in keys), chip(str(fit.get("status", "")))]
+        [
+            name.replace("huber_1e-3", "Huber, δ = 10⁻³").replace("_", " "),
+            *(fmt.significant(fit.get(k), 4) for k in keys),
+            chip(str(fit.get("status", ""))),
+        ]
         for name, fit in variants.items()
     ]
     return table(["Estimator", "E", "A", "B", "α", "β", "Status"], rows, numbers=(1, 2, 3, 4, 5))

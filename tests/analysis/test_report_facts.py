@@ -1,0 +1,142 @@
+"""The facts behind a report: five sentences, a recommendation that the known surface confirms, missing pieces in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from report_inputs import production, promotions
+from synthetic_ladder import DEMO, LadderSpec, write_ladder
+
+from analysis.laws import Laws, fit_laws
+from analysis.report import report_facts, to_markdown
+from analysis.report.figures import build_figures
+from analysis.report.write import drawn_runs
+from analysis.table import RunTable, load_csv, load_records
+
+TARGET = 5e13
+BOOT = 200
+
+
+def ladder(folder: Path, spec: LadderSpec = DEMO) -> tuple[Laws, RunTable]:
+    write_ladder(folder, spec)
+    table = load_records(folder)
+    return fit_laws(table, target_flops=TARGET, n_boot=BOOT), table
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Laws, RunTable]:
+    return ladder(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="module")
+def facts(demo: tuple[Laws, RunTable]) -> dict[str, Any]:
+    laws, table = demo
+    return report_facts(laws, table, production(measured=1.63), promotions(), title="A ladder")
+
+
+def test_facts_are_json_and_the_same_from_the_file(demo: tuple[Laws, RunTable], tmp_path: Path):
+    laws, table = demo
+    laws.save(tmp_path / "laws.json")
+    direct, loaded = report_facts(laws, table), report_facts(Laws.load(tmp_path / "laws.json"), table)
+    for one in (direct, loaded):
+        json.dumps(one, allow_nan=False)
+        one["source"].pop("generated_at")
+    assert direct == loaded
+
+
+def test_the_verdict_has_five_sentences_and_a_configuration_near_the_truth(facts: dict[str, Any]):
+    verdict, truth = facts["verdict"], DEMO.surface
+    assert len(verdict["sentences"]) == 5
+    assert all(s.endswith(".") and len(s) < 320 for s in verdict["sentences"])
+    assert verdict["status"] in ("ok", "warn", "refuse")
+    best = verdict["recommended"]
+    assert best["C"] == TARGET
+    assert best["N"] == pytest.approx(truth.optimal_params(TARGET, 6.6), rel=0.2)
+    assert best["ratio"] == pytest.approx(best["D"] / best["N"], rel=1e-6)
+    assert best["N_low"] < best["N"] < best["N_high"]
+    assert best["loss"]["low"] < best["loss"]["value"] < best["loss"]["high"]
+    assert best["loss"]["value"] == pytest.approx(truth.loss(best["N"], best["D"]), rel=0.02)
+    assert best["batch_size"]["value"] == pytest.approx(truth.batch[0] * best["D"] ** truth.batch[1], rel=0.3)
+
+
+def test_each_law_tells_its_cells_and_its_value_at_the_target(facts: dict[str, Any]):
+    for name in ("batch_size", "learning_rate", "weight_decay"):
+        block = facts[name]
+        assert len(block["cells"]) == 3
+        assert [c["D"] for c in block["cells"]] == sorted(c["D"] for c in block["cells"])
+        assert block["laws"] and block["text"].endswith(".")
+        line = block["laws"][0]["line"]
+        assert len(line["x"]) == len(line["y"]) > 10 and all(v > 0 for v in line["y"])
+    assert facts["weight_decay"]["candidates"]
+
+
+def test_an_optimum_at_the_edge_is_marked_in_facts_and_words(tmp_path: Path):
+    laws, table = ladder(tmp_path, replace(DEMO, edge=True))
+    facts = report_facts(laws, table)
+    edges = [c["edge"] for c in facts["batch_size"]["cells"]]
+    assert "low" in edges
+    assert "edge" in json.dumps(facts["warnings"])
+    figures = build_figures(facts, drawn_runs(table)[0])
+    symbols = [str(t.marker.symbol) for t in figures["batch_size_cells"].data if t.marker and t.marker.symbol]
+    assert any("triangle" in s for s in symbols)
+
+
+def test_missing_pieces_are_one_line_and_no_figure(tmp_path: Path):
+    laws, table = ladder(tmp_path, replace(DEMO, weight_decay_cells=0, batch_cells=0, seed_replicates=0, failed=0))
+    facts = report_facts(laws, table)
+    for name in ("batch_size", "learning_rate", "weight_decay", "promotions", "production", "noise"):
+        assert set(facts[name]) == {"missing"}, name
+        assert "\n" not in facts[name]["missing"] and facts[name]["missing"].endswith(".")
+    built = build_figures(facts, drawn_runs(table)[0])
+    assert "isoflop" in built and not any(k.startswith(("batch_size", "learning_rate", "weight_decay", "noise")) for k in built)
+    assert "not swept" in facts["verdict"]["sentences"][1]
+
+
+def test_production_is_compared_with_what_was_promised(demo: tuple[Laws, RunTable]):
+    laws, table = demo
+    inside = report_facts(laws, table, production(measured=1.63))["production"]
+    outside = report_facts(laws, table, production(measured=1.70))["production"]
+    assert inside["inside"] is True and "inside the interval" in inside["text"]
+    assert outside["inside"] is False and "outside the interval" in outside["text"]
+    assert outside["error"] == pytest.approx(1.70 / 1.62 - 1)
+    waiting = report_facts(laws, table, production(measured=None))["production"]
+    assert "error" not in waiting and "not ended" in waiting["text"]
+
+
+def test_a_table_without_compute_budgets_or_knobs_still_makes_a_report(tmp_path: Path):
+    rows = []
+    for i in range(1, 9):
+        for j in range(1, 9):
+            n, d = 1e6 * 2.0**i, 2e7 * 2.0**j
+            rows.append({"N": n, "D": d, "loss": 1.7 + 400 / n**0.34 + 410 / d**0.28 * math.exp(1e-3 * ((i * 7 + j * 3) % 5 - 2))})
+    pd.DataFrame(rows).to_csv(tmp_path / "runs.csv", index=False)
+    table = load_csv(tmp_path / "runs.csv")
+    facts = report_facts(fit_laws(table, target_flops=1e20, n_boot=BOOT), table)
+    assert facts["loss_name"] == "loss"
+    assert facts["parametric"]["alpha"] == pytest.approx(0.34, abs=0.03)
+    assert facts["runs"]["columns"]["run_id"][0] == "row 2"
+    assert build_figures(facts, drawn_runs(table)[0])["surface"].data
+
+
+def test_laws_of_other_runs_are_called_out(demo: tuple[Laws, RunTable]):
+    laws, table = demo
+    fewer = replace(table, frame=table.frame.iloc[5:].reset_index(drop=True))
+    worst = report_facts(laws, fewer)["warnings"][0]
+    assert worst["level"] == "bad" and "other runs" in worst["text"]
+
+
+def test_markdown_tells_the_same_numbers(facts: dict[str, Any]):
+    text = to_markdown(facts)
+    for sentence in facts["verdict"]["sentences"]:
+        assert sentence in text
+    assert text.count("\n## ") == 11
+    assert all(run_id in text for run_id in facts["runs"]["columns"]["run_id"])
+    assert all(w["text"] in text for w in facts["warnings"])
+    assert facts["left_out"][0]["reason"] in text
+    assert "| adopt |" in text and "+0.30%" not in text
