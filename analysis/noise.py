@@ -64,7 +64,7 @@ def estimate_noise(frame: pd.DataFrame, *, level: float = 0.9) -> SeedNoise | No
         message += "; one pair of seeds says little, run at least 3 seeds at one middle cell"
     first = repeated.groupby(number).first()
     listed = np.argsort(-size, kind="stable")[:LISTED_CELLS]
-    cells = [
+    cells: list[dict[str, Any]] = [
         {
             "n": int(size[i]), "sd": float(np.sqrt(spread[i] / (size[i] - 1))), "loss": float(np.exp(mean[i])),
             "N": float(first["N"][i]), "D": float(first["D"][i]),

@@ -1,0 +1,7 @@
+"""Laws from runs: `fit_laws(table)` gives `Laws`, which is the file laws.json and holds each `Law`."""
+
+from analysis.fit import fit_laws
+from analysis.law import STATUSES, Law, Prediction, Status
+from analysis.laws_file import LAW_NAMES, SCHEMA_VERSION, Laws
+
+__all__ = ["LAW_NAMES", "SCHEMA_VERSION", "STATUSES", "Law", "Laws", "Prediction", "Status", "fit_laws"]
