@@ -7,6 +7,7 @@ import math
 import pytest
 import reference_model as ref
 import torch
+
 from nanochat_model.config import GPTConfig
 from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.errors import ConfigError
@@ -147,7 +148,7 @@ def test_initial_weights_have_their_distributions():
     assert w["value_embeds.3.weight"].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
     assert not w["transformer.h.2.attn.c_proj.weight"].any() and not w["transformer.h.2.mlp.c_proj.weight"].any()
     for name in ("smear_gate.weight", "transformer.h.3.attn.ve_gate.weight"):
-        assert 0 <= w[name].min() and w[name].max() <= 0.02 and w[name].std() > 0
+        assert w[name].min() >= 0 and w[name].max() <= 0.02 and w[name].std() > 0
     assert w["resid_lambdas"].tolist() == pytest.approx([1.15, 1.15 - 0.1 / 3, 1.15 - 0.2 / 3, 1.05])
     assert w["x0_lambdas"].tolist() == pytest.approx([0.20, 0.15, 0.10, 0.05])
     assert w["smear_lambda"].item() == 0 and w["backout_lambda"].item() == pytest.approx(0.2)

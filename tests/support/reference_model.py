@@ -31,7 +31,7 @@ def rotary(x: Tensor, position: int) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """q (B, T, H, D), k and v (B, T, K, D): one query at a time."""
-    B, T, H, D = q.shape
+    _, T, H, D = q.shape
     group = H // k.shape[2]
     rows = []
     for t in range(T):
