@@ -15,6 +15,7 @@ from nanochat_model.config import RuntimeConfig, TrainConfig
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import run_id
 from nanochat_model.record import CurvePoint, RunRecord
+from nanoladder.pool import load_record
 from nanoladder.run_lock import exclusive
 from nanoladder.trial_spec import PRETRAIN, Forward, TrialSpec
 from nanoladder.watchdog import CLUSTER_WAIT_SECONDS, LOCAL_WAIT_SECONDS, PLACEMENT_ENV, check_fits, format_resources
@@ -56,9 +57,12 @@ def run_training_on_ray_train(
 
     from nanoladder.ray_init import ensure_ray
 
-    session = ensure_ray(workspace, num_cpus=None if num_workers * threads_per_worker <= 1 else num_workers * threads_per_worker)
     rid = run_id(config)
     folder = Path(run_dir) if run_dir is not None else workspace.run_dir(rid)
+    finished = load_record(folder)
+    if finished is not None and finished.status == "complete":
+        return finished
+    session = ensure_ray(workspace, num_cpus=None if num_workers * threads_per_worker <= 1 else num_workers * threads_per_worker)
     gpu = session.num_gpus > 0 if use_gpu is None else use_gpu
     runtime = runtime or RuntimeConfig()
     spec = TrialSpec(
