@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -131,7 +132,7 @@ def demo_stages(size: DemoSize, workspace: Workspace) -> list[Stage]:
 def run_demo(storage: str | Path, size: DemoSize | None = None, console: Console | None = None) -> dict[str, Facts]:
     """Run (or go on with) the demo under `storage`, and print what came out. Returns every stage's facts."""
     size, workspace = size or DemoSize(), Workspace(storage)
-    console = console or Console(highlight=False)
+    console = console or wide_console()
     stages = demo_stages(size, workspace)
     started = time.perf_counter()
     console.print(f"nanoladder demo in {workspace.root}; interrupt it at any time, the next start goes on", soft_wrap=True)
@@ -143,6 +144,12 @@ def run_demo(storage: str | Path, size: DemoSize | None = None, console: Console
     print_summary(console, workspace, facts, read_production(workspace) or {})
     console.print(f"[dim]{time.perf_counter() - started:.0f} s[/]")
     return facts
+
+
+def wide_console(*, stderr: bool = False) -> Console:
+    """A console of the terminal's width; in a log, which has none, wide enough for every line."""
+    console = Console(highlight=False, stderr=stderr)
+    return console if console.is_terminal else Console(highlight=False, stderr=stderr, width=160)
 
 
 def _end_ray() -> None:
@@ -157,8 +164,8 @@ def print_summary(console: Console, workspace: Workspace, facts: Mapping[str, Fa
     """The laws, prediction against result, the chat reply, and where to look further."""
     from nanoladder.law_table import law_rows
 
-    table = Table(title="Laws", title_justify="left", box=None, pad_edge=False)
-    for column in ("law", "value", "interval (90%)", "status"):
+    table = Table(title="Laws", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("law", "value", "90% interval", "status"):
         table.add_column(column)
     for row in law_rows(workspace.laws_path):
         table.add_row(*row)

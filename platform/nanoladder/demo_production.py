@@ -39,7 +39,7 @@ class ProductionStages:
         config = resolved.recipe.resolve(model, Horizon(train_flops=flops), data=self.ladder.data())
         every = max(1, config.num_steps // size.curve_points)
         config = replace(config, eval=replace(config.eval, every_steps=every))
-        prediction = predict(resolved.allocation, config)
+        prediction = predict(laws.as_dict()["allocation"], config)
         laws_hash = facts["laws"]["hash"]
         text = json.dumps(prediction_facts(config, prediction, resolved.uses, laws_hash), indent=1)
         write_atomic(workspace.prediction_path, text)

@@ -158,7 +158,7 @@ class DemoStages:
 
     def laws(self, facts: Mapping[str, Facts], progress: Progress) -> Facts:
         progress.update(0, 1, f"{self.size.n_boot} resamples")
-        laws = self.fit()
+        laws = self.fit(target_flops=self.size.production_factor * self.size.largest_budget)
         laws.save(self.workspace.laws_path)
         used = [u.quantity for u in self.tuned_recipe(laws).uses if u.kind == "law"]
         return {

@@ -44,14 +44,14 @@ def _surface_rows(allocation: Mapping[str, Any]) -> list[Row]:
 
 def _isoflop_rows(allocation: Mapping[str, Any]) -> list[Row]:
     rows = []
-    for key, title in (("N_law", "best size N*(C)"), ("D_law", "best tokens D*(C)")):
+    for key, title in (("N", "best size N*(C)"), ("D", "best tokens D*(C)")):
         law = (allocation.get("isoflop") or {}).get(key)
         if law and law.get("exponent") is not None:
             rows.append(
                 (
                     title,
                     f"{law['coefficient']:.3g} · C^{law['exponent']:.3f}",
-                    _interval(law.get("interval")),
+                    _interval(law.get("exponent_interval")),
                     law.get("status", ""),
                 )
             )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nanochat_model.config import GPTConfig
-from nanochat_model.counts import count_params, flops_per_token
+from nanochat_model.counts import CONVENTIONS, Convention, count_params, flops_per_token
 from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
 from nanochat_model.recipe import PowerRule, Recipe
@@ -39,7 +39,8 @@ class LawRecipe:
 
     recipe: Recipe
     uses: tuple[RuleUse, ...]
-    allocation: Mapping[str, Any] | None = None  # the block to take horizons and losses from; null: the recipe's ratio
+    allocation: Mapping[str, Any] | None = None  # the block to take sizes and horizons from; null: the recipe's ratio
+    predictor: Mapping[str, Any] | None = None  # the block to predict losses from; its prediction has its own verdict
 
     @property
     def blocking(self) -> tuple[str, ...]:
@@ -67,40 +68,67 @@ def recipe_from_laws(laws: Laws | None, base: Recipe, *, accept: Collection[str]
         recipe=replace(base, name=f"{base.name} with laws", **changes) if changes else base,
         uses=tuple(uses),
         allocation=laws["allocation"] if laws and uses[0].kind == "law" else None,
+        predictor=laws.get("allocation") if laws and "allocation" not in without else None,
     )
 
 
 def optimal_horizon(allocation: Mapping[str, Any], model: GPTConfig) -> Horizon:
-    """The tokens for which `model` is the compute-optimal size.
+    """The horizon for which `model` is the compute-optimal size.
 
     On L = E + A/N^α + B/D^β with C ∝ N·D, the optimum has α·A/N^α = β·B/D^β (Hoffmann et al., arXiv 2203.15556, eq. 4).
+    Where the surface is not good, the isoFLOP minima's N*(C) is solved for the compute.
     """
-    n = float(count_params(model).by_convention(allocation.get("convention", "matrices_lm_head")))
-    fit = allocation["parametric"]
-    alpha, beta = fit["alpha"], fit["beta"]
-    log_tokens = (math.log(beta * fit["B"]) - math.log(alpha * fit["A"]) + alpha * math.log(n)) / beta
-    return Horizon(num_tokens=math.exp(log_tokens))
-
-
-def surface_loss(allocation: Mapping[str, Any], model: GPTConfig, num_tokens: float) -> float:
-    """Loss of the parametric surface, to rank sizes at one budget; predictions come from the frontier."""
-    n = float(count_params(model).by_convention(allocation.get("convention", "matrices_lm_head")))
-    fit = allocation["parametric"]
-    return fit["E"] + fit["A"] / n ** fit["alpha"] + fit["B"] / num_tokens ** fit["beta"]
+    n = float(count_params(model).by_convention(convention_of(allocation)))
+    fit = allocation.get("parametric") or {}
+    if _has_surface(allocation):
+        alpha, beta = fit["alpha"], fit["beta"]
+        log_tokens = (math.log(beta * fit["B"]) - math.log(alpha * fit["A"]) + alpha * math.log(n)) / beta
+        return Horizon(num_tokens=math.exp(log_tokens))
+    law = allocation["isoflop"]["N"]
+    return Horizon(train_flops=(n / law["coefficient"]) ** (1 / law["exponent"]))
 
 
 def best_model(
     flops: float, models: Iterable[GPTConfig], *, allocation: Mapping[str, Any] | None, tokens_per_param: float
 ) -> GPTConfig:
-    """The model to train with `flops`: lowest loss on the laws' surface, else the ratio nearest to `tokens_per_param`."""
+    """The model to train with `flops`: lowest loss on the laws' surface; else the size nearest to the isoFLOP minima's N*(C);
+    without laws the ratio nearest to `tokens_per_param`."""
 
     def badness(model: GPTConfig) -> float:
         tokens = flops / flops_per_token(model)
-        if allocation is not None:
+        if allocation is None:
+            return abs(math.log(tokens / count_params(model).scaling / tokens_per_param))
+        if _has_surface(allocation):
             return surface_loss(allocation, model, tokens)
-        return abs(math.log(tokens / count_params(model).scaling / tokens_per_param))
+        law = allocation["isoflop"]["N"]
+        best = law["coefficient"] * flops ** law["exponent"]
+        return abs(math.log(count_params(model).by_convention(convention_of(allocation)) / best))
 
     return min(models, key=badness)
+
+
+def _has_surface(allocation: Mapping[str, Any]) -> bool:
+    """Whether sizes are chosen by the surface: when it is good, and when (accepted by name) there is nothing better."""
+    fit, minima = allocation.get("parametric") or {}, allocation.get("isoflop") or {}
+    return fit.get("status") == GOOD or (fit.get("alpha") is not None and not (minima.get("N") or {}).get("exponent"))
+
+
+def surface_loss(allocation: Mapping[str, Any], model: GPTConfig, num_tokens: float) -> float:
+    """Loss of the parametric surface, to rank sizes at one budget; predictions come from the frontier."""
+    n = float(count_params(model).by_convention(convention_of(allocation)))
+    fit = allocation["parametric"]
+    return fit["E"] + fit["A"] / n ** fit["alpha"] + fit["B"] / num_tokens ** fit["beta"]
+
+
+def convention_of(allocation: Mapping[str, Any]) -> Convention:
+    """How N is counted in these laws. ConfigError for a table of somebody else's own counting: a model cannot be placed on it."""
+    name = allocation.get("convention", CONVENTIONS[0])
+    if name not in CONVENTIONS:
+        raise ConfigError(
+            f"these laws count parameters {name!r}, which says nothing about a model here; fit a table with one of "
+            f"{', '.join(CONVENTIONS)} (--params-as), or plan --without-law allocation"
+        )
+    return name
 
 
 def _usable(laws: Laws | None, name: str) -> Mapping[str, Any] | None:
@@ -127,14 +155,22 @@ def _use(name: str, law: Mapping[str, Any] | None, rule: PowerRule, accept: Coll
 
 
 def _allocation_use(laws: Laws | None, base: Recipe, accept: Collection[str], without: Collection[str]) -> RuleUse:
+    """The surface when it is good, else the isoFLOP minima when they are; anything else blocks until it is named."""
     rule = f"{base.tokens_per_param:g} tokens per parameter, recipe {base.name}"
-    fit = (laws or {}).get("allocation", {}).get("parametric")
-    if not fit or "allocation" in without:
+    block = (laws or {}).get("allocation")
+    if not block or "allocation" in without:
         return RuleUse(quantity="allocation", kind="rule", source=rule, status="assumed")
+    fit, minima = block.get("parametric") or {}, block.get("isoflop") or {}
     status = fit.get("status", "not_fitted")
-    if status == GOOD or ("allocation" in accept and fit.get("alpha") is not None):
+    if status == GOOD:
         source = f"L = {fit['E']:.4g} + {fit['A']:.4g}/N^{fit['alpha']:.3f} + {fit['B']:.4g}/D^{fit['beta']:.3f}, n = {fit['n']}"
         return RuleUse(quantity="allocation", kind="law", source=source, status=status)
+    law = minima.get("N") or {}
+    if "allocation" in accept and _has_surface(block):
+        return RuleUse(quantity="allocation", kind="law", source="the surface, accepted by name", status=status)
+    if law.get("exponent") and (minima.get("status") == GOOD or "allocation" in accept):
+        source = f"isoFLOP minima, N* = {law['coefficient']:.3g} · C^{law['exponent']:.3f} (the surface is {status})"
+        return RuleUse(quantity="allocation", kind="law", source=source, status=minima.get("status", "not_fitted"))
     blocking = (
         f"law allocation has status {status!r}; use it with --accept-law allocation, or the recipe's ratio with "
         "--without-law allocation"

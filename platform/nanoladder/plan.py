@@ -13,7 +13,7 @@ from nanochat_model.hardware import find_device
 from nanochat_model.horizon import Horizon
 from nanochat_model.recipe import NANOCHAT, Recipe
 from nanochat_model.record import RunRecord
-from nanoladder.laws_to_recipe import LawRecipe, Laws, RuleUse, optimal_horizon, recipe_from_laws
+from nanoladder.laws_to_recipe import LawRecipe, Laws, RuleUse, convention_of, optimal_horizon, recipe_from_laws
 from nanoladder.memory import FP32, MemoryEstimate, choose_micro_batch_rows, estimate_memory
 from nanoladder.throughput import Throughput, all_reduce_seconds, estimate_throughput
 
@@ -50,7 +50,8 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class LossPrediction:
-    """Predicted bpb. `low` and `high` are null where the laws allow no interval; verdict: ok, warn or refuse."""
+    """Predicted bpb of one run, seed noise included. `low` and `high` are null where the laws allow no interval; verdict: ok,
+    warn or refuse."""
 
     val_bpb: float
     low: float | None
@@ -168,7 +169,7 @@ def plan_config(
     step_seconds = compute_seconds + (0.0 if speed.measured else network)
     hours = step_seconds * config.num_steps / 3600
     text_bytes = config.num_tokens * bytes_per_token
-    prediction = predict(resolved.allocation, config)
+    prediction = predict(resolved.predictor, config)
     return LaunchPlan(
         config=config,
         params=counts,
@@ -199,7 +200,7 @@ def plan_config(
 
 def predict(allocation: Mapping[str, Any] | None, config: TrainConfig) -> LossPrediction | None:
     """Loss of `config` from the allocation laws; null without them."""
-    if allocation is None:
+    if allocation is None or not allocation.get("predictor"):
         return None
     from analysis.allocation import predict_from_block
 
@@ -207,16 +208,16 @@ def predict(allocation: Mapping[str, Any] | None, config: TrainConfig) -> LossPr
     p = predict_from_block(
         allocation,
         target_C=float(flops_per_token(config.model)) * config.num_tokens,
-        target_N=float(counts.by_convention(allocation.get("convention", "matrices_lm_head"))),
+        target_N=float(counts.by_convention(convention_of(allocation))),
         target_D=float(config.num_tokens),
     )
-    low, high = p.interval if p.interval is not None else (None, None)
+    low, high = p.run_interval if p.run_interval is not None else (None, None)
     return LossPrediction(
         val_bpb=p.value,
         low=low,
         high=high,
         surface_bpb=p.surface_value,
-        level=getattr(p, "level", None),
+        level=p.level,
         extrapolation=p.extrapolation,
         verdict=p.verdict,
         reasons=tuple(p.reasons),

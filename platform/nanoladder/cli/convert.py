@@ -19,11 +19,15 @@ class ImportNanochat:
     """Folder with model_*.pt and meta_*.json."""
     out: str
     """Folder to write."""
+    step: int | None = None
+    """Which checkpoint of the folder; left out: the newest."""
+    tokenizer: str | None = None
+    """nanochat's tokenizer folder; left out: looked for two folders up, as nanochat lays it out."""
 
     def run(self) -> None:
         from nanochat_model.interop import import_nanochat
 
-        print(f"written: {import_nanochat(self.checkpoint, self.out)}")
+        print(f"written: {import_nanochat(self.checkpoint, self.out, step=self.step, tokenizer=self.tokenizer)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +41,10 @@ class ExportNanochat:
     """A checkpoint, or a run's folder (its newest checkpoint)."""
     out: str
     """Folder to write."""
+    bf16_tables: bool = False
+    """Store the look-up tables in bf16, as nanochat does on a GPU."""
 
     def run(self) -> None:
         from nanochat_model.interop import export_nanochat
 
-        print(f"written: {export_nanochat(self.checkpoint, self.out)}")
+        print(f"written: {export_nanochat(self.checkpoint, self.out, bf16_tables=self.bf16_tables)}")

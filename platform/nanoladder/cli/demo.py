@@ -22,12 +22,9 @@ class Demo:
     json: Json = False
 
     def run(self) -> None:
-        from rich.console import Console
-
-        from nanoladder.demo import run_demo
+        from nanoladder.demo import run_demo, wide_console
         from nanoladder.demo_size import DemoSize
 
-        console = Console(highlight=False, stderr=self.json)
-        facts = run_demo(self.storage, DemoSize(source=self.source), console)
+        facts = run_demo(self.storage, DemoSize(source=self.source), wide_console(stderr=self.json))
         if self.json:
             print_json(facts)

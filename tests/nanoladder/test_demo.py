@@ -1,0 +1,152 @@
+"""The demo from end to end at a tiny size: every stage real, on a real Ray, in the final file layout."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+from rich.console import Console
+from small_text import texts, write_jsonl
+
+from nanochat_model.record import RunRecord
+from nanoladder.demo import demo_stages, run_demo
+from nanoladder.demo_size import DemoSize
+from nanoladder.demo_stages import record_sweeps
+from nanoladder.outcomes import read_prediction, read_production
+from nanoladder.stages import Facts
+from nanoladder.workspace import Workspace
+
+BUDGETS = (2e8, 4e8, 8e8, 1.6e9)
+SHAPES = ((1, 24), (1, 32), (1, 48), (1, 64))
+TINY = DemoSize(
+    vocab_size=384,
+    sequence_len=64,
+    val_fraction=0.2,
+    eval_tokens=2048,
+    curve_points=2,
+    isoflop=tuple((budget, SHAPES) for budget in BUDGETS),
+    noise_cell=(4e8, (1, 32)),
+    noise_seeds=(1, 2),
+    weight_decay_cells=(((1, 24), 4e3),),
+    weight_decay_multipliers=(0.5, 1.0),
+    batch_cells=(((1, 24), 4e3), ((1, 24), 8e3)),
+    batch_multipliers=(1.0,),
+    lr_multipliers=(0.5, 1.0),
+    promotion_cells=(((1, 24), 2e3), ((1, 32), 2e3)),
+    promotion_variants={"half the batch": {"batch_multiplier": 0.5}},
+    promotion_seeds=(0, 1),
+    promotion_eval_steps=5,
+    production_shapes=SHAPES,
+    sft_conversations=80,
+    chat_max_tokens=8,
+    n_boot=50,
+    num_workers=1,
+)
+NAMES = [
+    "corpus", "tokenizer", "shards", "tuning", "promotion", "isoflop", "laws", "prediction", "production", "sft", "chat", "report",
+]  # fmt: skip
+
+
+class Finished(NamedTuple):
+    """A finished demo: its folder, sizes, facts and what it printed."""
+
+    workspace: Workspace
+    size: DemoSize
+    facts: dict[str, Facts]
+    text: str
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Finished:
+    folder = tmp_path_factory.mktemp("demo")
+    size = replace(TINY, source=str(write_jsonl(folder / "text.jsonl", texts(300))))
+    out = io.StringIO()
+    facts = run_demo(folder / "root", size, Console(file=out, width=160))
+    return Finished(Workspace(folder / "root"), size, facts, out.getvalue())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_stage_leaves_its_artifact(demo: Finished) -> None:
+    workspace, facts, text = demo.workspace, demo.facts, demo.text
+    assert list(facts) == NAMES
+    names = {s for r in workspace.records() for s in record_sweeps(r)}
+    assert {"demo_isoflop", "demo_noise", "demo_wd", "demo_batch", "demo_promotion/small", "production"} <= names
+    assert json.loads(workspace.laws_path.read_text())["schema_version"] == 1
+    assert workspace.report_path.stat().st_size > 1e5
+    assert (workspace.root / "mlflow.db").exists() and (workspace.root / "optuna.db").exists()
+    assert "Production loss" in text and "Chat" in text and str(workspace.report_path) in text
+    for program in ("mlflow", "optuna", "nanoladder"):
+        assert f"{program} " in text
+
+
+@pytest.mark.slow
+def test_cells_are_trained_at_their_budget_with_their_own_batch(demo: Finished) -> None:
+    workspace = demo.workspace
+    cells = [r for r in workspace.records() if "demo_isoflop" in record_sweeps(r)]
+    assert len(cells) == len(BUDGETS) * len(SHAPES)
+    for record in cells:
+        assert record.train_flops == pytest.approx(float(record.tags["budget"]), rel=0.2)
+        assert record.val_bpb is not None and 0.5 < record.val_bpb < 12
+    batches = {r.config.batch_tokens for r in cells}
+    assert len(batches) > 1, "the batch follows each cell's own tokens"
+
+
+@pytest.mark.slow
+def test_the_prediction_was_written_before_the_run_started(demo: Finished) -> None:
+    workspace = demo.workspace
+    said = read_prediction(workspace.prediction_path)
+    record = RunRecord.load(workspace.run_dir(said["run_id"]))
+    assert said["predicted_at"] <= record.started_at
+    assert record.backend == "train", "production goes through Ray Train"
+    assert said["C"] == pytest.approx(4 * max(BUDGETS), rel=0.1)
+    assert any((workspace.run_dir(said["run_id"]) / "checkpoints").iterdir())
+    production = read_production(workspace)
+    assert production is not None and production["measured"] == record.val_bpb
+
+
+@pytest.mark.slow
+def test_second_run_skips_everything_and_is_quick(demo: Finished) -> None:
+    workspace, size, facts = demo.workspace, demo.size, demo.facts
+    before = {p: p.stat().st_mtime_ns for p in workspace.root.rglob("*") if p.is_file() and "mlflow.db" not in p.name}
+    out = io.StringIO()
+    started = time.perf_counter()
+    again = run_demo(workspace.root, size, Console(file=out, width=160))
+    assert time.perf_counter() - started < 30
+    assert again == facts
+    assert out.getvalue().count("(done before)") == len(NAMES)
+    after = {p: p.stat().st_mtime_ns for p in workspace.root.rglob("*") if p.is_file() and "mlflow.db" not in p.name}
+    assert after == before, "nothing was written"
+
+
+@pytest.mark.slow
+def test_a_lost_record_is_trained_again_and_nothing_else(demo: Finished) -> None:
+    workspace, size, facts = demo.workspace, demo.size, demo.facts
+    lost = facts["tuning"]["run_ids"][0]
+    kept = {r.run_id: r.finished_at for r in workspace.records() if r.run_id != lost}
+    old = RunRecord.load(workspace.run_dir(lost))
+    (workspace.run_dir(lost) / "record.json").unlink()
+    out = io.StringIO()
+    run_demo(workspace.root, size, Console(file=out, width=160))
+    new = {r.run_id: r for r in workspace.records()}
+    assert new[lost].val_bpb == pytest.approx(old.val_bpb, rel=1e-3)
+    assert {k: v.finished_at for k, v in new.items() if k in kept} == kept
+    skipped = out.getvalue().count("(done before)")
+    assert len(NAMES) - 1 >= skipped >= 4
+
+
+def test_every_size_is_a_field_and_every_shape_a_model() -> None:
+    size = DemoSize()
+    shapes = {s for _, row in size.isoflop for s in row} | set(size.production_shapes) | {s for s, _ in size.weight_decay_cells}
+    for shape in shapes:
+        model = size.model(shape)
+        assert (model.depth, model.model_dim) == shape
+        assert model.head_dim * model.num_heads == model.model_dim and model.num_heads >= 2
+    budgets = [b for b, _ in size.isoflop]
+    assert len(budgets) >= 4 and max(budgets) / min(budgets) >= 10 * (1 - 1e-9)
+    assert all(len(row) >= 5 for _, row in size.isoflop)
+    assert len(demo_stages(size, Workspace("/nowhere"))) == len(NAMES)
