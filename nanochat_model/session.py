@@ -68,6 +68,8 @@ def build_session(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks) -> 
         inputs, targets = loader.batch(k, rank=ranks.rank, world_size=ranks.world_size)
         return Batch(inputs=inputs, targets=targets, num_targets=config.batch_tokens)  # rows are full: every target counts
 
+    if runtime.core_bundle or runtime.sample_every_steps:
+        Tokenizer.load(config.data.path)  # a broken one is told now, not at the first sample
     return Session(
         config=config,
         runtime=runtime,

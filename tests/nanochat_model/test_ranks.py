@@ -13,7 +13,7 @@ import pytest
 import rank_jobs
 from tiny_run import RUNTIME, tiny_config, tiny_shards
 
-from nanochat_model import distributed
+from nanochat_model import distributed, evaluate
 from nanochat_model.errors import ConfigError
 from nanochat_model.train import pretrain
 
@@ -74,6 +74,11 @@ def test_losses_agree_with_one_process(ranks: tuple[Path, list[dict[str, Any]]])
         np.testing.assert_allclose(result["whole"]["losses"], alone()["losses"], rtol=2e-5)
         assert result["whole"]["val_bpb"] == pytest.approx(alone()["val_bpb"], rel=2e-5)
         assert result["whole"]["num_devices"] == len(ranks[1])
+
+
+def test_evaluation_is_the_same_to_the_bit(ranks: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(evaluate.CHUNK_TOKENS, "cpu", 0)  # restores what fresh_bpb sets
+    assert {result["fresh_bpb"] for result in ranks[1]} == {rank_jobs.fresh_bpb(tiny_config(**STILL))}
 
 
 def test_every_rank_is_told_the_same(ranks: tuple[Path, list[dict[str, Any]]]) -> None:

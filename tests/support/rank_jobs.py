@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from tiny_run import RUNTIME
 
+from nanochat_model import evaluate
 from nanochat_model.callbacks import Callback, StepInfo, StopTraining
 from nanochat_model.config import TrainConfig
 from nanochat_model.distributed import current_ranks, on_main, process_group
 from nanochat_model.errors import ConfigError
 from nanochat_model.loader import Loader
 from nanochat_model.loop import Stepper
+from nanochat_model.session import build_session
 from nanochat_model.sft import SFTConfig, sft
 from nanochat_model.train import pretrain
 
@@ -68,17 +70,18 @@ def run_rank(environment: dict[str, str], config: TrainConfig, folder: Path) -> 
     torch.set_num_threads(1)
     with process_group("cpu") as ranks:
         last = ranks.world_size - 1
-        tokens: list[list[list[int]]] = []
+        tokens: dict[int, list[list[int]]] = {}
         real = Loader.batch
 
         def spy(self: Loader, k: int, rank: int = 0, world_size: int = 1) -> Any:
             inputs, targets = real(self, k, rank, world_size)
-            tokens.append(inputs.tolist())
+            tokens.setdefault(k, inputs.tolist())
             return inputs, targets
 
         Loader.batch = spy  # type: ignore[method-assign]
         results: dict[str, Any] = {"whole": train(config, folder / "whole", checkpoint_every_steps=6, diagnostics_every_steps=5)}
-        results["tokens"] = tokens[: config.num_steps]
+        results["fresh_bpb"] = fresh_bpb(config)
+        results["tokens"] = [tokens[k] for k in range(config.num_steps)]
         results["resumed"] = train(config, folder / "resumed")  # from a checkpoint that another world size left there
         short = dataclasses.replace(config, num_steps=6)
         results["skip"] = poisoned(short, folder / "skip", ranks.rank, last, lasting=False)
@@ -94,6 +97,13 @@ def run_rank(environment: dict[str, str], config: TrainConfig, folder: Path) -> 
         except ZeroDivisionError:
             results["error_everywhere"] = True
         (folder / f"rank{ranks.rank}.json").write_text(json.dumps(results))
+
+
+def fresh_bpb(config: TrainConfig) -> float:
+    """Validation of untrained weights, in as many chunks as make every rank work."""
+    evaluate.CHUNK_TOKENS["cpu"] = 4 * config.model.sequence_len
+    session = build_session(config, RUNTIME, current_ranks())
+    return evaluate.evaluate_bpb(session.model, session.validation, session.token_bytes)
 
 
 def tune(folder: Path) -> list[float]:
