@@ -14,6 +14,7 @@ from nanochat_model.config import GPTConfig, TrainConfig
 from nanochat_model.counts import flops_per_token
 from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import find_device
+from nanochat_model.native import native_status
 
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
@@ -123,9 +124,10 @@ def default_micro_batch_rows(model: GPTConfig, device: torch.device) -> int:
 
 
 def use_compile(choice: str, device: torch.device, config: TrainConfig) -> bool:
-    """Whether to compile the training path: always on a GPU; on a CPU when the run is long enough to win back the time."""
+    """Whether to compile the training path: always on a GPU; on a CPU only where the C kernels are missing (they are faster than
+    compiled PyTorch) and the run is long enough to win back the time."""
     if choice in ("on", "off"):
         return choice == "on"
     if device.type != "cpu":
         return True
-    return flops_per_token(config.model) * config.num_tokens > COMPILE_FLOPS
+    return native_status() != "native" and flops_per_token(config.model) * config.num_tokens > COMPILE_FLOPS

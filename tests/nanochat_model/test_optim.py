@@ -45,8 +45,8 @@ def test_polar_express_gives_the_svds_orthogonal_factor(shape, dtype):
         values = c1 * values + c3 * values**3 + c5 * values**5
     assert (values - 1).abs().max() < POLAR_BOUND
     error = (found - u @ torch.diag(values) @ vt).norm() / found.norm()
-    assert error < (1e-5 if dtype == torch.float32 else 0.05)
-    assert (torch.linalg.svdvals(found) - 1).abs().max() < POLAR_BOUND + (1e-4 if dtype == torch.float32 else 0.1)
+    assert error < (1e-5 if dtype == torch.float32 else 0.08)
+    assert (torch.linalg.svdvals(found) - 1).abs().max() < POLAR_BOUND + (1e-4 if dtype == torch.float32 else 0.2)
 
 
 def test_equilibrate_gives_every_row_the_mean_norm():
