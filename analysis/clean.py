@@ -12,6 +12,7 @@ NUMBER_COLUMNS = (
     "N", "N_matrices_lm_head", "N_all", "N_matrices", "D", "C", "L", "budget", "B", "lr", "weight_decay", "width", "depth",
     "seed", "sequence_len", "seconds", "num_devices", "core", "embedding_share",
 )  # fmt: skip
+COMPLETE = ("", "complete", "completed", "finished", "done", "ok", "success", "succeeded", "true")  # any capitals
 POSITIVE = ("N", "N_matrices_lm_head", "N_all", "N_matrices", "D", "C", "L", "budget", "B", "lr", "width", "depth")
 GIVEN_MUST_BE_FINITE = ("D", "L", "C", "budget", "B", "lr", "weight_decay", "width")
 ABSURD_LOSS_FACTOR = 10.0  # a loss this far from the table's median has another unit or is a diverged run
@@ -42,7 +43,7 @@ def clean(raw: pd.DataFrame) -> tuple[pd.DataFrame, list[LeftOut]]:
     frame["row"] = raw["row"].astype(str)
     for column in TEXT_COLUMNS:
         frame[column] = raw[column].fillna("").astype(str) if column in raw else ""
-    _mark(reason, ~frame["status"].isin(["", "complete"]), "status ", frame["status"] + _error_text(raw))
+    _mark(reason, ~frame["status"].str.lower().isin(COMPLETE), "status ", frame["status"] + _error_text(raw))
     for column in NUMBER_COLUMNS:
         frame[column] = pd.to_numeric(raw[column], errors="coerce").astype(float) if column in given else np.nan
         if column in given:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 LAW_PURPOSES = ("allocation", "batch_size", "learning_rate", "weight_decay")
+PURPOSES = (*LAW_PURPOSES, "noise", "promotion", "production")
 SAME_HORIZON = 1.05  # horizons of one cell differ by the rounding to whole steps; a sweep's own steps are larger
 MIN_VALUES = 3  # of a knob in one cell, for that cell to be a sweep over it
 
@@ -39,7 +40,8 @@ def assign_purposes(frame: pd.DataFrame) -> pd.Series:
     An untagged sweep in which no knob takes three values inside a cell is one over sizes and horizons: allocation. One that
     varies a knob serves that knob's law; it serves the allocation as well when nothing else in the table does.
     """
-    out = frame["purpose"].copy()
+    ours = {p: p if set(p.split(",")) & set(PURPOSES) else "" for p in frame["purpose"].unique()}  # other words are not ours
+    out = frame["purpose"].map(ours)
     untagged = out == ""
     if not untagged.any():
         return out

@@ -196,10 +196,8 @@ def load_csv(
     if mapping is None and set(NANOCHAT_COLUMNS) <= set(raw.columns):
         return _nanochat_table(raw, str(path))
     chosen, notes = _choose_columns(raw, dict(mapping or {}), str(path))
-    data = {KEYS[key]: raw[column] for key, column in chosen.items()}
-    frame = pd.DataFrame(data, index=raw.index)
-    for column in ("N", "D", "L"):
-        frame[column] = raw[chosen[{v: k for k, v in KEYS.items()}[column]]]
+    frame = pd.DataFrame({KEYS[key]: raw[column] for key, column in chosen.items()}, index=raw.index)
+    convention = None if "params" in chosen else next(c for c in CONVENTIONS if f"params_{c}" in chosen)
     if sequence_len is not None and "B" in frame:
         frame["B"] = pd.to_numeric(frame["B"], errors="coerce") * sequence_len
     if "outlier" not in frame:
@@ -214,7 +212,7 @@ def load_csv(
             raise DataError(f"{path}: no column {drop_outliers!r} to drop outliers by; columns: {', '.join(map(str, raw.columns))}")
         frame["drop"] = np.where(_as_bool(raw[drop_outliers]), f"flagged in column {drop_outliers}", "")
     frame["row"] = [f"row {i + 2}" for i in range(len(raw))]  # line of the file, below the header
-    return table_from_frame(frame, source=str(path), notes=notes)
+    return table_from_frame(frame, source=str(path), convention=convention, notes=notes)
 
 
 def load_nanochat_results(path: str | Path, *, convention: str = "matrices_lm_head") -> RunTable:
@@ -257,8 +255,9 @@ def _choose_columns(raw: pd.DataFrame, mapping: dict[str, str], where: str) -> t
             found = [n for n in names if n in raw.columns and n not in chosen.values()]
             if found:
                 chosen[key] = found[0]
+    counted = any(f"params_{c}" in chosen for c in CONVENTIONS)
     for key in ("params", "tokens", "loss"):
-        if key not in chosen:
+        if key not in chosen and not (key == "params" and counted):
             raise DataError(f"{where}: no column for {key}; name it in the mapping; columns: {', '.join(map(str, raw.columns))}")
     return chosen, notes
 

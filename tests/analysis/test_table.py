@@ -12,6 +12,7 @@ from synthetic_ladder import DEMO, write_ladder
 
 from analysis.budgets import assign_budgets
 from analysis.errors import DataError
+from analysis.purposes import assign_purposes
 from analysis.table import load_csv, load_nanochat_results, load_records, table_from_frame
 
 GOOD = pd.DataFrame({"N": [1e8, 2e8, 4e8, 8e8], "D": [8e9, 4e9, 2e9, 1e9], "L": [3.0, 2.9, 2.95, 3.1], "budget": [1e18] * 4})
@@ -84,6 +85,22 @@ def test_mapping_names_columns_and_refuses_unknown_ones(tmp_path):
         load_csv(path, {"params": "nope"})
     with pytest.raises(DataError, match="'parms', which is unknown"):
         load_csv(path, {"parms": "size"})
+
+
+def test_several_counts_of_parameters(tmp_path):
+    frame = GOOD.rename(columns={"N": "body"}).assign(everything=lambda f: f["body"] * 2)
+    table = load_csv(write_csv(tmp_path, frame), {"params_matrices": "body", "params_all": "everything"})
+    assert table.conventions == ("all", "matrices")
+    assert table.convention == "all" and table.frame["N"].tolist() == [2e8, 4e8, 8e8, 1.6e9]
+    with pytest.raises(DataError, match="no count of parameters named 'matrices_lm_head'"):
+        table.with_convention("matrices_lm_head")
+
+
+def test_words_of_other_tables(tmp_path):
+    """Their status may be called otherwise, and a column called purpose may mean something else."""
+    table = load_csv(write_csv(tmp_path, GOOD.assign(status=["Finished", "ok", "crashed", "complete"], purpose="thesis")))
+    assert reasons(table) == {"row 4": "status crashed"}
+    assert set(assign_purposes(table.frame)) == {"allocation"}
 
 
 def test_files_that_are_no_tables(tmp_path):
