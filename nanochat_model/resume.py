@@ -29,6 +29,7 @@ class Start:
     path: Path
     state: CheckpointState
     is_trunk: bool = False
+    horizon_changes: tuple[str, ...] = ()  # inexact ones so far, oldest first
 
 
 def multipliers_at(config: TrainConfig, step: int) -> Multipliers:
@@ -99,8 +100,10 @@ def own_start(config: TrainConfig, run_dir: Path, horizon_change: HorizonChange)
         raise CheckpointError(
             f"{path}: holds no training config (kind {state.kind}), so it cannot be resumed; give another run folder"
         )
-    check_same_run(state.config, config, state.step, horizon_change, str(path))
-    return Start(path=path, state=state)
+    changes = tuple(state.extra.get("horizon_changes", ()))
+    if check_same_run(state.config, config, state.step, horizon_change, str(path)) and horizon_change == "follow_new":
+        changes += (f"num_steps {state.config.num_steps} -> {config.num_steps} at step {state.step}",)
+    return Start(path=path, state=state, horizon_changes=changes)
 
 
 def trunk_start(config: TrainConfig, path: Path) -> Start:

@@ -94,7 +94,11 @@ def pretrain(
     progress = restore_progress(session, start)
     parents = parent_hashes(session.parents, start)
     calls = Callbacks(callbacks)
-    runner = Runner(session, progress, calls, run_dir=run_dir, parents=parents)
+    extra: dict[str, Any] = {}
+    if start is not None and start.horizon_changes:  # the result is neither schedule's: the record says so
+        extra["horizon_changes"] = list(start.horizon_changes)
+        labels.tags["horizon_changes"] = "; ".join(start.horizon_changes)
+    runner = Runner(session, progress, calls, run_dir=run_dir, parents=parents, extra=extra)
     status, reason, error = run_to_end(runner)
     record = _make_record(session, progress, labels, status, reason, parents, started)
     if ranks.is_main:

@@ -88,3 +88,17 @@ def test_nothing_to_evaluate_is_an_error(model: GPT, rows: tuple[np.ndarray, np.
         evaluate_bpb(model, empty, tiny_shards().token_bytes)
     with pytest.raises(ValueError, match="no target"):
         evaluate_loss(model, empty)
+
+
+def test_on_a_cpu_the_compiled_path_is_left_alone(model: GPT, rows: tuple[np.ndarray, np.ndarray]) -> None:
+    expected = evaluate_bpb(model, rows, tiny_shards().token_bytes)
+
+    def compiled(idx: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("evaluation would compile")
+
+    model.features = compiled  # type: ignore[method-assign]
+    try:
+        assert evaluate_bpb(model, rows, tiny_shards().token_bytes) == expected
+        assert model.features is compiled
+    finally:
+        del model.features

@@ -113,6 +113,9 @@ def test_a_changed_horizon_is_refused_unless_told_how(tmp_path: Path) -> None:
         finish(tiny_config(num_steps=5), tmp_path, horizon_change="follow_new")
     record, losses = finish(longer, tmp_path, horizon_change="follow_new")
     assert min(losses.losses) == 7 and record.num_tokens == longer.num_tokens
+    assert record.tags == {"horizon_changes": "num_steps 12 -> 20 at step 6"}
+    (tmp_path / "record.json").unlink()
+    assert finish(longer, tmp_path)[0].tags == record.tags, "not forgotten when it is resumed again"
 
 
 def test_a_finished_trunk_can_be_lengthened_exactly(tmp_path: Path) -> None:
