@@ -95,6 +95,9 @@ class MuonAdamW:
 
     def __init__(self, groups: list[Group], *, polar_dtype: torch.dtype, group: dist.ProcessGroup | None = None) -> None:
         self.polar_dtype = polar_dtype
+        on_gpu = any(g.params[0].is_cuda for g in groups)
+        self._muon_step = torch.compile(muon_step, dynamic=False, fullgraph=True) if on_gpu else muon_step
+        self._as_scalar = torch.tensor if on_gpu else float  # 0-d tensors: a float that changes would compile again every step
         self.process_group = group
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if distributed else 0
@@ -169,14 +172,14 @@ class MuonAdamW:
 
     def _muon(self, buffer: Buffer, state: dict[str, Tensor], lr: float, momentum: float, decay: float) -> None:
         spec = buffer.spec
-        muon_step(
+        self._muon_step(
             buffer.own(buffer.values),
             buffer.own(buffer.grads),
             state["momentum"],
             state["second_moment"],
-            momentum=momentum,
-            lr=spec.lr * lr,
-            weight_decay=spec.weight_decay * decay,
+            momentum=self._as_scalar(momentum),
+            lr=self._as_scalar(spec.lr * lr),
+            weight_decay=self._as_scalar(spec.weight_decay * decay),
             beta2=spec.beta2,
             polar_steps=spec.polar_steps,
             dtype=self.polar_dtype,

@@ -112,6 +112,29 @@ def test_longer_than_trained_is_allowed_up_to_the_tables_only():
         model(torch.zeros(1, 201, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "blocked"])
+def test_training_path_traces_as_one_graph_and_only_once(attention):
+    """What torch.compile is given: no breaks, and no second compilation when weights and data change."""
+    config = config_from_nanochat(CONFIGS["windows and grouped keys"])
+    model = GPT(config, attention=attention)
+    model.load_state_dict(ref.random_weights(CONFIGS["windows and grouped keys"]))
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.choose_attention(torch.device("cpu"))
+    traced = torch.compile(model.features, dynamic=False, fullgraph=True, backend=count)
+    for seed in range(3):
+        idx = torch.randint(0, 64, (2, 140), generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(traced(idx), model.features(idx), atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            model.resid_lambdas += 0.01
+    assert len(graphs) == 1
+
+
 def test_counts_match_the_built_model_to_the_unit():
     for depth in (1, 2, 3, 6, 7):
         for heads, kv in ((4, 4), (4, 2), (6, 1)):

@@ -160,6 +160,27 @@ def test_adamw_groups_are_torchs_adamw():
         torch.testing.assert_close(dict(model.named_parameters())[n], twin, atol=1e-6, rtol=1e-5)
 
 
+def test_scheduled_values_as_tensors_compile_once():
+    """On GPUs the update is compiled; a multiplier that moves must not compile it again."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(muon.muon_step, dynamic=False, fullgraph=True, backend=count)
+    plain, traced = ([torch.ones(3, 8, 20), torch.zeros(3, 8, 20), torch.zeros(3, 1, 20)] for _ in range(2))
+    for step in range(4):
+        gradient = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(step))
+        values = {"momentum": 0.85 + 0.01 * step, "lr": 0.02 / (step + 1), "weight_decay": 0.3 - 0.1 * step}
+        fixed = {"beta2": 0.9, "polar_steps": 5, "dtype": torch.float32}
+        muon.muon_step(plain[0], gradient, *plain[1:], **values, **fixed)
+        compiled(traced[0], gradient, *traced[1:], **{k: torch.tensor(v) for k, v in values.items()}, **fixed)
+    assert len(graphs) == 1
+    torch.testing.assert_close(traced, plain, atol=1e-5, rtol=1e-4)
+
+
 def test_every_parameter_is_in_one_group_with_its_rate():
     groups = parameter_groups(GPT(CONFIG).named_parameters(), 48, OptimizerConfig(matrix_lr=0.02))
     names = [n for g in groups for n in g.names]
