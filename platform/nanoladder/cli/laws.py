@@ -13,6 +13,8 @@ from nanoladder.cli.common import Json, print_json, print_table
 from nanoladder.workspace import Workspace
 
 if TYPE_CHECKING:
+    from analysis.design import Design
+    from analysis.laws import Laws
     from analysis.table import RunTable
 
 
@@ -52,6 +54,9 @@ class TableOptions:
     """Tokens a sequence, when the batch column counts sequences."""
     drop_outliers: str = ""
     """Column whose true rows are left out."""
+    comparable: tuple[str, ...] = ()
+    """Runs whose validation set, packing or sequence length differ are refused together: the comparable hash to use, or
+    several to mix them in spite of it."""
 
     def mapping(self) -> dict[str, str]:
         names = ("params", "tokens", "loss", "budget", "flops", "batch", "lr", "weight_decay", "width", "group")
@@ -100,9 +105,11 @@ class Fit:
     """Where to write laws.json; left out: beside the runs of --storage, else nowhere."""
     target_flops: float | None = None
     """Also predict the loss at this compute."""
-    n_boot: int = 4000
+    n_boot: int = 10_000
     """Bootstrap resamples."""
     seed: int = 0
+    remaining_flops: float | None = None
+    """Also name the next runs that narrow the target's tokens per parameter most, for this much compute in all."""
     json: Json = False
 
     def run(self) -> None:
@@ -110,21 +117,54 @@ class Fit:
         from nanoladder.law_table import rows_of
 
         table = self.data.read()
-        laws = fit_laws(table, target_flops=self.target_flops, n_boot=self.n_boot, seed=self.seed)
+        laws = fit_laws(
+            table,
+            target_flops=self.target_flops,
+            n_boot=self.n_boot,
+            seed=self.seed,
+            force_comparable=self.data.comparable,
+        )
         out = Path(self.out) if self.out else (Workspace(self.data.storage).laws_path if self.data.storage else None)
         if out is not None:
             laws.save(out)
         plain = laws.as_dict()
+        design = self.next_runs(table, laws) if self.remaining_flops is not None else None
         if self.json:
-            print_json(plain)
+            print_json(plain if design is None else {**plain, "next_runs": design.as_dict()})
             return
-        print_table(("law", "value", "interval (90%)", "status"), rows_of(plain), title=f"{len(table)} runs")
+        print_table(("law", "value", "interval (90%)", "status"), rows_of(plain), title=f"{laws.n_runs} runs")
         for warning in plain.get("warnings", []):
             print(f"warning: {warning if isinstance(warning, str) else warning.get('message', warning)}")
-        for item in table.left_out:
-            print(f"left out: {item.row}: {item.reason}")
+        for item in laws.left_out:
+            print(f"left out: {item['row']}: {item['reason']}")
+        if design is not None:
+            rows = [
+                (f"{r.N:.3g}", f"{r.D:.3g}", f"{r.C:.3g}", f"{r.B:.3g}" if r.B else "", f"{r.sd_after:.3g}") for r in design.runs
+            ]
+            print_table(("N", "D", "FLOPs", "batch (tokens)", "sd of log D/N after it"), rows, title="next runs")
+            print(design.message)
         if out is not None:
             print(f"written: {out}")
+
+    def next_runs(self, table: RunTable, laws: Laws) -> Design:
+        """The design for --remaining-flops; ConfigError without a fitted allocation."""
+        from analysis.design import suggest_runs
+
+        if laws.allocation is None:
+            raise ConfigError(
+                "--remaining-flops needs an allocation law, and these runs carry none; see the warnings of fit without it"
+            )
+        target = self.target_flops or float(laws.allocation["prediction"]["C"])
+        assert self.remaining_flops is not None
+        noise = float(laws.noise["sd"]) if laws.noise else None
+        return suggest_runs(
+            table.frame,
+            laws.allocation["parametric"],
+            target_flops=target,
+            remaining_flops=self.remaining_flops,
+            noise_sd=noise,
+            batch_law=laws.batch_size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +195,7 @@ class Report:
         table = self.data.read()
         stored = Workspace(self.data.storage).laws_path if self.data.storage else None
         path = Path(self.laws) if self.laws else stored if stored is not None and stored.exists() else None
-        laws = Laws.load(path) if path is not None else fit_laws(table)
+        laws = Laws.load(path) if path is not None else fit_laws(table, force_comparable=self.data.comparable)
         extra = self.recorded()
         if self.json:
             print_json(report_facts(laws, table, **extra))

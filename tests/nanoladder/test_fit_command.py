@@ -1,0 +1,45 @@
+"""nanoladder fit on a table of records: the laws, the next runs, and runs that must not be mixed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from synthetic_ladder import DEMO, write_ladder
+
+from analysis.errors import DataError
+from analysis.laws import Laws
+from nanoladder.cli.laws import Fit, TableOptions
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("storage")
+    write_ladder(folder, DEMO)
+    return folder
+
+
+def test_fit_writes_laws_and_names_the_next_runs(storage, capsys):
+    fit = Fit(data=TableOptions(storage=str(storage)), n_boot=100, target_flops=5e13, remaining_flops=2e13, json=True)
+    fit.run()
+    printed = json.loads(capsys.readouterr().out)
+    runs = printed.pop("next_runs")["runs"]
+    assert Laws.load(storage / "laws.json").as_dict() == printed
+    assert runs and sum(r["C"] for r in runs) <= 2e13 * 1.000001
+    assert all(r["B"] > 0 and r["D"] > 0 for r in runs)
+    assert [r["sd_after"] for r in runs] == sorted((r["sd_after"] for r in runs), reverse=True)
+
+
+def test_runs_that_are_not_comparable_need_a_name(storage, tmp_path, capsys):
+    folder = tmp_path / "runs"
+    for i, path in enumerate(sorted((storage / "runs").glob("*/record.json"))):
+        record = json.loads(path.read_text())
+        record["comparable_hash"] = "feed" if i % 2 else "beef"
+        (folder / path.parent.name).mkdir(parents=True)
+        (folder / path.parent.name / "record.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match="2 kinds that are not comparable"):
+        Fit(data=TableOptions(table=str(tmp_path)), n_boot=100).run()
+    Fit(data=TableOptions(table=str(tmp_path), comparable=("beef",)), n_boot=100).run()
+    text = capsys.readouterr().out
+    assert "left out:" in text and "another validation set, packing or sequence length" in text
