@@ -10,28 +10,21 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from report_inputs import production, promotions
-from synthetic_ladder import DEMO, LadderSpec, write_ladder
+from report_inputs import TARGET, fitted, production, promotions
+from synthetic_ladder import DEMO
 
 from analysis.laws import Laws, fit_laws
 from analysis.report import report_facts, to_markdown
 from analysis.report.figures import build_figures
 from analysis.report.write import drawn_runs
-from analysis.table import RunTable, load_csv, load_records
+from analysis.table import RunTable, load_csv
 
-TARGET = 5e13
 BOOT = 200
 
 
-def ladder(folder: Path, spec: LadderSpec = DEMO) -> tuple[Laws, RunTable]:
-    write_ladder(folder, spec)
-    table = load_records(folder)
-    return fit_laws(table, target_flops=TARGET, n_boot=BOOT), table
-
-
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Laws, RunTable]:
-    return ladder(tmp_path_factory.mktemp("demo"))
+def demo() -> tuple[Laws, RunTable]:
+    return fitted()
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +69,8 @@ def test_each_law_tells_its_cells_and_its_value_at_the_target(facts: dict[str, A
     assert facts["weight_decay"]["candidates"]
 
 
-def test_an_optimum_at_the_edge_is_marked_in_facts_and_words(tmp_path: Path):
-    laws, table = ladder(tmp_path, replace(DEMO, edge=True))
+def test_an_optimum_at_the_edge_is_marked_in_facts_and_words():
+    laws, table = fitted(replace(DEMO, edge=True))
     facts = report_facts(laws, table)
     edges = [c["edge"] for c in facts["batch_size"]["cells"]]
     assert "low" in edges
@@ -87,8 +80,8 @@ def test_an_optimum_at_the_edge_is_marked_in_facts_and_words(tmp_path: Path):
     assert any("triangle" in s for s in symbols)
 
 
-def test_missing_pieces_are_one_line_and_no_figure(tmp_path: Path):
-    laws, table = ladder(tmp_path, replace(DEMO, weight_decay_cells=0, batch_cells=0, seed_replicates=0, failed=0))
+def test_missing_pieces_are_one_line_and_no_figure():
+    laws, table = fitted(replace(DEMO, weight_decay_cells=0, batch_cells=0, seed_replicates=0, failed=0))
     facts = report_facts(laws, table)
     for name in ("batch_size", "learning_rate", "weight_decay", "promotions", "production", "noise"):
         assert set(facts[name]) == {"missing"}, name
@@ -135,7 +128,7 @@ def test_markdown_tells_the_same_numbers(facts: dict[str, Any]):
     text = to_markdown(facts)
     for sentence in facts["verdict"]["sentences"]:
         assert sentence in text
-    assert text.count("\n## ") == 11
+    assert text.count("\n## ") == 12
     assert all(run_id in text for run_id in facts["runs"]["columns"]["run_id"])
     assert all(w["text"] in text for w in facts["warnings"])
     assert facts["left_out"][0]["reason"] in text

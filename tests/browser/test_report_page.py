@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 from chromium import Page, find_chromium
-from report_inputs import production, promotions
-from synthetic_ladder import DEMO, REAL, LadderSpec, write_ladder
+from report_inputs import TARGET, fitted, production, promotions
+from synthetic_ladder import DEMO, REAL, LadderSpec
 
-from analysis.laws import fit_laws
 from analysis.report import write_report
-from analysis.table import load_records
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium on the PATH (apt-get install chromium)")
 WIDTHS = (1280, 390)
@@ -45,17 +43,14 @@ DRAWN = """Object.fromEntries(Array.from(document.querySelectorAll('.plot'), e =
 
 
 def make_report(folder: Path, spec: LadderSpec, target: float) -> Path:
-    write_ladder(folder, spec)
-    table = load_records(folder)
-    laws = fit_laws(table, target_flops=target, n_boot=300)
-    ids = table.frame["run_id"]
-    made = production(measured=1.63, run_id=ids.iloc[0])
+    laws, table = fitted(spec, target)
+    made = production(measured=1.63, run_id=table.frame["run_id"].iloc[0])
     return write_report(laws, table, folder / "report.html", production=made, promotions=promotions(), title="A ladder & <more>")
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_report(tmp_path_factory.mktemp("demo"), DEMO, 5e13)
+    return make_report(tmp_path_factory.mktemp("demo"), DEMO, TARGET)
 
 
 @pytest.fixture(scope="module")

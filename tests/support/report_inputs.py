@@ -1,8 +1,26 @@
-"""A production run and stage promotions as the platform hands them to the report."""
+"""What a report is made of: a fitted synthetic ladder, a production run and stage promotions as the platform hands them over."""
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from typing import Any
+
+from synthetic_ladder import DEMO, LadderSpec, write_ladder
+
+from analysis.laws import Laws, fit_laws
+from analysis.table import RunTable, load_records
+
+TARGET = 5e13
+
+
+@functools.cache
+def fitted(spec: LadderSpec = DEMO, target_flops: float = TARGET) -> tuple[Laws, RunTable]:
+    """Laws and table of a synthetic ladder; fitted once a process, since a fit takes seconds. `spec` must be hashable."""
+    with tempfile.TemporaryDirectory(prefix="ladder-") as folder:
+        write_ladder(folder, spec)
+        table = load_records(folder)
+    return fit_laws(table, target_flops=target_flops, n_boot=300), table
 
 
 def production(*, measured: float | None, predicted: float = 1.62, run_id: str = "77aa00ff77aa00ff") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ class LadderSpec:
     edge: bool = False  # the last batch cell's grid stops short of its optimum
     seed: int = 0
     truth: Truth | None = None
-    tags: dict[str, str] = field(default_factory=dict)
+    tags: tuple[tuple[str, str], ...] = ()
 
     @property
     def surface(self) -> Truth:
@@ -219,7 +219,7 @@ def _record(
         name=f"{sweep}-d{model.depth}w{model.model_dim}",
         sweep=sweep,
         stage=stage,
-        tags={"purpose": purpose, **({"budget": f"{flops:g}"} if purpose == "allocation" else {}), **spec.tags},
+        tags={"purpose": purpose, **({"budget": f"{flops:g}"} if purpose == "allocation" else {}), **dict(spec.tags)},
         config=config,
         seed=seed,
         params=counts.as_dict(),

@@ -98,12 +98,14 @@ def residual_figure(facts: Mapping[str, Any], runs: pd.DataFrame) -> go.Figure |
 
 
 def by_budget(facts: Mapping[str, Any], runs: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
-    """(colour, label, rows) of each budget, then of the runs that belong to none, in ink."""
+    """(colour, label, rows) of each budget, then of the runs that belong to none of the laws' budgets, in grey."""
     budgets = facts["budgets"]
     groups = []
+    left = np.ones(len(runs), dtype=bool)
     for i, budget in enumerate(budgets):
-        rows = runs[np.isclose(runs["budget"], budget, rtol=1e-6)]
+        mine = np.isclose(runs["budget"], budget, rtol=1e-6)
+        rows, left = runs[mine], left & ~mine
         if len(rows):
             groups.append((theme.ramp(i, len(budgets)), fmt.scientific(budget, 2), rows))
-    rest = runs[runs["budget"].isna()]
+    rest = runs[left]
     return [*groups, (theme.colour("soft"), "no budget", rest)] if len(rest) else groups
