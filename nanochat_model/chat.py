@@ -37,9 +37,7 @@ class Chat:
     def clear(self) -> None:
         self.turns = []
 
-    def reply(
-        self, text: str, *, temperature: float = 0.6, top_k: int = 50, max_tokens: int = 256, seed: int = 0
-    ) -> Iterator[str]:
+    def reply(self, text: str, *, temperature: float = 0.6, top_k: int = 50, max_tokens: int = 256, seed: int = 0) -> Iterator[str]:
         """Answer `text` piece by piece, ending at <|assistant_end|> or after `max_tokens`; both sides join the history.
 
         Temperature 0 takes the most likely token. When the history outgrows the context its oldest exchanges are left out.
