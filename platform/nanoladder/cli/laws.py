@@ -63,7 +63,12 @@ class TableOptions:
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     def read(self) -> RunTable:
-        """The table of runs. Raises DataError or ConfigError on what cannot be read."""
+        """The table of runs, only those of --comparable where that is given. Raises DataError or ConfigError on what cannot be
+        read."""
+        table = self._read()
+        return table.only_comparable(self.comparable) if self.comparable else table
+
+    def _read(self) -> RunTable:
         from analysis.table import load_csv, load_records
 
         if self.mlflow:
