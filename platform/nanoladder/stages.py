@@ -58,7 +58,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, display: Display) -> dict[
             display.skip(stage, known)
             continue
         started = time.perf_counter()
-        result = stage.run(facts, display.start(stage))
+        result = json.loads(json.dumps(stage.run(facts, display.start(stage))))  # as the next start will read it
         seconds = time.perf_counter() - started
         assert "hash" in result, f"stage {stage.name} names no hash of its output"
         write_atomic(path, json.dumps({"key": key, "seconds": round(seconds, 2), "facts": result}, indent=1))

@@ -20,8 +20,8 @@ from nanoladder.outcomes import read_prediction, read_production
 from nanoladder.stages import Facts
 from nanoladder.workspace import Workspace
 
-BUDGETS = (2e8, 4e8, 8e8, 1.6e9)
-SHAPES = ((1, 24), (1, 32), (1, 48), (1, 64))
+BUDGETS = (1e8, 2e8, 4e8, 8e8)
+SHAPES = ((1, 24), (1, 32), (1, 48))
 TINY = DemoSize(
     vocab_size=384,
     sequence_len=64,
@@ -29,8 +29,8 @@ TINY = DemoSize(
     eval_tokens=2048,
     curve_points=2,
     isoflop=tuple((budget, SHAPES) for budget in BUDGETS),
-    noise_cell=(4e8, (1, 32)),
-    noise_seeds=(1, 2),
+    noise_cell=(2e8, (1, 32)),
+    noise_seeds=(1,),
     weight_decay_cells=(((1, 24), 4e3),),
     weight_decay_multipliers=(0.5, 1.0),
     batch_cells=(((1, 24), 4e3), ((1, 24), 8e3)),
@@ -38,7 +38,7 @@ TINY = DemoSize(
     lr_multipliers=(0.5, 1.0),
     promotion_cells=(((1, 24), 2e3), ((1, 32), 2e3)),
     promotion_variants={"half the batch": {"batch_multiplier": 0.5}},
-    promotion_seeds=(0, 1),
+    promotion_seeds=(0,),
     promotion_eval_steps=5,
     production_shapes=SHAPES,
     sft_conversations=80,
