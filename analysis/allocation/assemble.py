@@ -162,18 +162,18 @@ def _parametric(fits: Fits, boots: dict[str, Bootstrap], runs: Runs, frame: pd.D
 
 
 def _without_outliers(fit: ParametricFit, runs: Runs, frame: pd.DataFrame) -> dict[str, Any] | None:
-    """The fit without the runs flagged by their publisher or five robust deviations off the surface; None where there are none."""
+    """The fit without the runs that their publisher flags, or else those five robust deviations off; None where there are none."""
     residual = np.log(runs.L / fit.loss(runs.N, runs.D))
     far = np.abs(residual) > OUTLIER_SDS * fit.residual_sd if math.isfinite(fit.residual_sd) else np.zeros(len(frame), bool)
     flagged = frame["outlier"].fillna(False).to_numpy(dtype=bool) if "outlier" in frame.columns else np.zeros(len(frame), bool)
-    drop = flagged | far
+    drop = flagged if flagged.any() else far
     if not drop.any() or (~drop).sum() < 6:
         return None
     rest = fit_parametric(runs.N[~drop], runs.D[~drop], runs.L[~drop], thorough=False)
     names = frame["run_id"].astype(str).to_numpy() if "run_id" in frame.columns else np.array([str(i) for i in range(len(frame))])
     return {
         "flagged": int(flagged.sum()),
-        "far": int((far & ~flagged).sum()),
+        "far": int(far.sum()),
         "runs": [{"run_id": names[i], "row": int(i), "residual": residual[i]} for i in np.flatnonzero(drop)[:100]],
         "fit": rest.as_dict(),
     }

@@ -102,13 +102,13 @@ class Calibration:
 
 def calibrate(runs: Runs, *, noise_sd: float | None = None, seed: int = 0) -> Calibration:
     """Rolling origin over the budgets, lowest first. Runs on no isoFLOP line take part where their compute is below the budget."""
-    levels = runs.budgets
+    levels, compute = runs.budgets, runs.C
     squares: list[float] = []
     held: list[HeldOut] = []
     first = max(FIRST_FOLD, levels.size - MAX_FOLDS)
     for k in range(first, levels.size):
-        level, below_it = levels[k], runs.C <= levels[k - 1]
-        below = np.flatnonzero(np.where(np.isfinite(runs.budget), runs.budget < level, below_it))
+        level = levels[k]
+        below = np.flatnonzero(np.where(np.isfinite(runs.budget), runs.budget < level, compute <= levels[k - 1]))
         model = fit_loss_model(runs.take(_thin(below)), noise_sd=noise_sd, seed=seed).model
         if not (model.has_frontier and model.has_surface):
             continue

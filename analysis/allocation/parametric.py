@@ -316,8 +316,8 @@ def _too_few(n: int, delta: float) -> ParametricFit:
 
 
 def noise_delta(fit: ParametricFit) -> float:
-    """Huber's delta on the scale of the noise: 1.345 robust standard deviations of the residuals."""
-    return max(NOISE_DELTA_FACTOR * fit.residual_sd, 1e-9) if math.isfinite(fit.residual_sd) else HUBER_DELTA
+    """Huber's delta on the scale of the noise: 1.345 robust standard deviations of the residuals, never below 1e-3."""
+    return max(NOISE_DELTA_FACTOR * fit.residual_sd, HUBER_DELTA) if math.isfinite(fit.residual_sd) else HUBER_DELTA
 
 
 def fit_variants(N: Any, D: Any, L: Any, *, weights: Any = None) -> dict[str, ParametricFit]:
