@@ -39,7 +39,8 @@ WORDS = {
 }
 
 
-EXPONENT = re.compile(r"\^(?:\(([^)]*)\)|([−-]?[0-9.]*[0-9]|[a-zα-ω]\b))")
+CODE = re.compile(r"`([^`]+)`")
+EXPONENT = re.compile(r"\^(?:\(([^)]*)\)|([−-]?[0-9.]*[0-9]|[a-zα-ω]{1,5}\b))")
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def bar(share: float) -> Html:
 
 
 def rich(text: str) -> Html:
-    """Plain text of the facts as HTML: C^0.46 and C^(b−a) get a raised exponent."""
-    return Html(EXPONENT.sub(r"<sup>\1\2</sup>", escape(text)))
+    """Plain text of the facts as HTML: C^0.46 and C^(b−a) get a raised exponent, `words` a code font."""
+    return Html(CODE.sub(r"<code>\1</code>", EXPONENT.sub(r"<sup>\1\2</sup>", escape(text))))
 
 
 @dataclass

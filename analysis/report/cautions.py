@@ -11,6 +11,9 @@ from analysis.table import RunTable
 
 LEVELS = ("bad", "warn", "note")
 EXPONENT_FORM = re.compile(r"(?<![\w.])\d(?:\.\d+)?e[+-]?\d+\b")  # 4e+11, as Python prints it
+LEFT_OUT = re.compile(r"\d+ rows? (is|are) left out")  # a fact; a large share gets its own warning
+BUDGET = re.compile(r"budget (?P<budget>\S+) FLOPs \((?P<status>[^)]*)\): (?P<message>.*)$")
+STATUS_ADVICE = {"too few": "fewer than three sizes, no parabola"}
 MANY_LEFT_OUT = 0.1  # share of rows left out from which a reader should know at once
 SETTING_TITLES = {"batch_size": "Batch size", "learning_rate": "Learning rate", "weight_decay": "Weight decay"}
 
@@ -26,7 +29,8 @@ def warning_facts(raw: Mapping[str, Any], table: RunTable, facts: Mapping[str, A
     for reason in facts["prediction"].get("reasons") or []:
         found.append({"level": "bad" if verdict == "refuse" else "warn", "text": sentence(reason)})
     for source in (raw.get("warnings"), (raw.get("allocation") or {}).get("warnings")):
-        found += [as_warning(w) for w in source or [] if not str(w).startswith("prediction: ")]  # those are above, as reasons
+        source = _budgets_together([str(w) if not isinstance(w, Mapping) else w for w in source or []])
+        found += [as_warning(w) for w in source if not str(w).startswith("prediction: ")]  # those are above, as reasons
     rows = len(table) + len(table.left_out)
     if rows and len(table.left_out) > MANY_LEFT_OUT * rows:
         text = (
@@ -39,12 +43,31 @@ def warning_facts(raw: Mapping[str, Any], table: RunTable, facts: Mapping[str, A
     return sorted(unique.values(), key=lambda w: LEVELS.index(w["level"]))
 
 
+def _budgets_together(warnings: list[Any]) -> list[Any]:
+    """Budgets with the same mark in one line: nine lines about nine budgets would hide the rest."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    rest = []
+    for warning in warnings:
+        found = BUDGET.match(warning) if isinstance(warning, str) else None
+        if found:
+            groups.setdefault(found["status"], []).append((found["budget"], found["message"]))
+        else:
+            rest.append(warning)
+    merged = []
+    for status, members in groups.items():
+        names = fmt.join([fmt.scientific(float(budget)) for budget, _ in members])
+        message = members[0][1] if len({m for _, m in members}) == 1 else STATUS_ADVICE.get(status, members[0][1])
+        merged.append(f"{'budget' if len(members) == 1 else 'budgets'} {names} FLOPs ({status}): {message}")
+    return merged + rest
+
+
 def as_warning(value: Any) -> dict[str, str]:
     """A warning of the laws file: a text, or {"level"?, "text"|"message"}."""
     if isinstance(value, Mapping):
         level = str(value.get("level", "warn"))
         return {"level": level if level in LEVELS else "warn", "text": sentence(value.get("text") or value.get("message") or "")}
-    return {"level": "warn", "text": sentence(value)}
+    text = sentence(value)
+    return {"level": "note" if LEFT_OUT.match(text) else "warn", "text": text}
 
 
 def sentence(value: Any) -> str:

@@ -202,8 +202,9 @@ def _prediction(raw: Block, path: Block) -> dict[str, Any]:
                 out[f"{key}_{end}"] = ratio.get(f"{key}_{end}") if same else _along(path, f"{key}_{end}", float(out["C"]))
     known = fmt.is_number(out.get("low"))
     interval = f"90% interval {fmt.interval(out['low'], out.get('high'), fmt.loss)}" if known else "no interval can be given"
-    text = f"At {fmt.flops(out['C'])} FLOPs the frontier gives {fmt.loss(out['value'])} ({interval})"
-    if fmt.is_number(out.get("surface")):
+    what = "frontier" if fmt.is_number((raw.get("frontier") or {}).get("E")) else "surface alone"
+    text = f"At {fmt.flops(out['C'])} FLOPs the {what} gives {fmt.loss(out['value'])} ({interval})"
+    if what == "frontier" and fmt.is_number(out.get("surface")):
         text += f"; the surface, another form of the same law, gives {fmt.loss(out['surface'])} "
         text += f"({fmt.percent(out['surface'] / out['value'] - 1, 2, True)})"
     return {**out, "text": text + "."}

@@ -29,6 +29,7 @@ STATUS_WORDS = {
     "not_identifiable": "not identifiable",
     "too_few": "too few cells",
 }
+LAW_CAPTION = "The law through the cells' optima, with its 90% band."
 DRAWN_FACTOR = 1.25  # the line is drawn this far beyond the cells
 MOST_DRAWN = 400  # points of one cell's sweep in a figure
 
@@ -66,6 +67,8 @@ def _power_law(name: str, raw: Mapping[str, Any] | None, at: Mapping[str, float]
     if law.message and law.status != "converged":
         words.append(law.message)
     block |= {"text": "; ".join(words) + ".", "laws": [law_block(law, name, cells, at)], "target": at_target(law, at)}
+    if (block["laws"][0].get("line") or {}).get("follows"):
+        block["law_captions"] = [f"{LAW_CAPTION} N differs from cell to cell, so the line bends where the sizes do."]
     return block
 
 
@@ -93,8 +96,8 @@ def _decay(raw: Mapping[str, Any] | None, at: Mapping[str, float]) -> dict[str, 
     block |= {"correlations": dict(decay.correlations), "separating_runs": [dict(r) for r in decay.separating_runs]}
     block["text"] = f"{decay.verdict[:1].upper()}{decay.verdict[1:]}; {_cells_text(cells)}." + _separating_text(decay)
     block["laws"] = [law_block(law, "weight_decay", cells, at) for law in usable]
-    block["law_captions"] = [f"Candidate {law.name}: {exponent_text(law)}." for law in usable]
     block["candidates"] = [_candidate(law, decay, at) for law in usable]
+    block["law_captions"] = [f"Candidate {c['label']}: {c['exponent_text']}." for c in block["candidates"]]
     average = decay.average
     if average is not None and set(average.exponents) <= set(at):
         found = decay.predict(**{s: at[s] for s in at})
@@ -114,7 +117,8 @@ def _candidate(law: Law, decay: WeightDecayLaw, at: Mapping[str, float]) -> dict
     text = exponent_text(law)
     if rho is not None:
         interval = law.intervals.get("rho")
-        text = f"tau ∝ (D/N)^{_two(rho)}" + (f" ({fmt.interval(interval[0], interval[1], _two)})" if interval else "")
+        note = fmt.interval(interval[0], interval[1], _two) if interval else "published, not fitted"
+        text = f"tau ∝ (D/N)^{_two(rho)} ({note})"
     told = (
         f"{fmt.significant(found['value'])} ({fmt.interval(found['low'], found['high'], fmt.significant)})"
         if found
@@ -171,7 +175,8 @@ def law_block(law: Law, name: str, cells: Sequence[Mapping[str, Any]], symbols: 
     if target:
         block["target"] = {**target, **{symbol: symbols.get(symbol)}}
     if ends:
-        block["line"] = _line(law, symbol, min(ends) / DRAWN_FACTOR, max(ends) * DRAWN_FACTOR, cells)
+        places = [*cells, symbols] if target else cells
+        block["line"] = _line(law, symbol, min(ends) / DRAWN_FACTOR, max(ends) * DRAWN_FACTOR, places)
     return block
 
 
@@ -183,7 +188,7 @@ def main_symbol(law: Law) -> str:
 
 
 def _line(law: Law, symbol: str, low: float, high: float, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The law over low..high of `symbol`; other symbols follow the power law through the cells (constant for one cell)."""
+    """The law over low..high of `symbol`; other symbols go from cell to cell (and on to the target), straight in logarithms."""
     x = np.geomspace(low, high, 24)
     others = {s: _follow(s, symbol, x, cells, law.references.get(s, 1.0)) for s in law.exponents if s != symbol}
     found = [law.predict(**{symbol: float(v)}, **{s: float(values[i]) for s, values in others.items()}) for i, v in enumerate(x)]
@@ -203,10 +208,11 @@ def _follow(other: str, symbol: str, x: np.ndarray, cells: Sequence[Mapping[str,
     if not pairs:
         return np.full(len(x), fallback)
     logs = np.log(np.array(pairs, dtype=float))
-    if np.ptp(logs[:, 0]) < 1e-9:
-        return np.full(len(x), float(np.exp(logs[:, 1].mean())))
-    slope, intercept = np.polyfit(logs[:, 0], logs[:, 1], 1)
-    return np.exp(intercept + slope * np.log(x))
+    at, inverse = np.unique(np.round(logs[:, 0], 9), return_inverse=True)
+    means = np.bincount(inverse.ravel(), weights=logs[:, 1]) / np.bincount(inverse.ravel())
+    slope = float(np.polyfit(at, means, 1)[0]) if len(at) > 1 else 0.0
+    beyond = np.minimum(np.log(x) - at[0], 0.0) + np.maximum(np.log(x) - at[-1], 0.0)
+    return np.exp(np.interp(np.log(x), at, means) + slope * beyond)
 
 
 def at_target(law: Law, symbols: Mapping[str, float]) -> dict[str, Any] | None:

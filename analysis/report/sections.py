@@ -12,6 +12,7 @@ from analysis.report import format as fmt
 from analysis.report.blocks import Content, Figures, Html, chip, details, join, lead, missing, rich, table, tag
 
 Facts = Mapping[str, Any]
+NO_INTERVAL = fmt.interval(None, None, str)
 NOTICE_WORDS = {"bad": "Problem", "warn": "Caution", "note": "Note"}
 
 
@@ -52,7 +53,8 @@ def verdict(facts: Facts) -> Html:
     block = facts["verdict"]
     sentences = tag("ol", [tag("li", rich(s)) for s in block["sentences"]], "sentences")
     body = [tag("h2", ["Verdict", chip(block["status"])]), stats(block["recommended"], facts)]
-    body.append(tag("div", [tag("div", sentences), config_table(block["recommended"])], "columns"))
+    title = "As fitted, not recommended" if block["status"] == "refuse" else "Recommended configuration"
+    body.append(tag("div", [tag("div", sentences), config_table(block["recommended"], title)], "columns"))
     return tag("section", body, "verdict", id="verdict")
 
 
@@ -74,12 +76,19 @@ def stats(target: Facts, facts: Facts) -> Html:
             "loss",
         ),
     ]
-    return tag("dl", [tag("div", [tag("dt", n), tag("dd", v), tag("dd", i)], css) for n, v, i, css in cells], "stats")
+    return tag(
+        "dl",
+        [
+            tag("div", [tag("dt", n), tag("dd", v), tag("dd", i if i == NO_INTERVAL else f"90%: {i}")], css)
+            for n, v, i, css in cells
+        ],
+        "stats",
+    )
 
 
-def config_table(target: Facts) -> Html:
+def config_table(target: Facts, title: str) -> Html:
     rows: list[tuple[str, str, str]] = [("Compute", f"{fmt.flops(target.get('C'))} FLOPs", target.get("C_note") or "")]
-    for key, title, formatter, unit in (
+    for key, word, formatter, unit in (
         ("N", "Parameters", fmt.count, ""),
         ("D", "Tokens", fmt.count, ""),
         ("batch_size", "Batch", fmt.whole, " tokens"),
@@ -94,11 +103,11 @@ def config_table(target: Facts) -> Html:
             number, note = value, fmt.interval(target.get(f"{key}_low"), target.get(f"{key}_high"), formatter)
         if fmt.is_number(number):
             assert isinstance(number, (int, float))
-            rows.append((title, formatter(number) + unit, note))
+            rows.append((word, formatter(number) + unit, note))
         elif isinstance(value, Mapping):
-            rows.append((title, "not fitted", note))
+            rows.append((word, "not fitted", note))
     body = [tag("tr", [tag("td", t), tag("td", [v, tag("small", n)] if n else v)]) for t, v, n in rows]
-    return tag("table", [tag("caption", "Recommended configuration"), tag("tbody", body)], "config")
+    return tag("table", [tag("caption", title), tag("tbody", body)], "config")
 
 
 def isoflop(facts: Facts, figures: Figures) -> Html:

@@ -20,8 +20,16 @@ def verdict_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     recommended["loss"] = {k: prediction.get(k) for k in ("value", "low", "high", "surface")}
     for name in SETTING_WORDS:
         recommended[name] = facts[name].get("target") or {"note": "not swept: the recipe's own rule holds"}
+    status = _status(facts)
     sentences = [_allocation(facts), _settings(facts), _loss(facts), _evidence(facts), _doubts(facts)]
-    return {"status": _status(facts), "sentences": sentences, "recommended": recommended}
+    if status == "refuse" and fmt.is_number(prediction.get("N")):
+        sentences[0] = f"These runs do not carry a recommendation; the fit as it stands says: {_lower(sentences[0])}"
+        sentences[1] = sentences[1].replace("Use a", "It would take a", 1)
+    return {"status": status, "sentences": sentences, "recommended": recommended}
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
 
 
 def _status(facts: Mapping[str, Any]) -> str:
@@ -46,8 +54,8 @@ def _allocation(facts: Mapping[str, Any]) -> str:
             facts["parametric"].get("missing") or "the surface has no optimum in these runs."
         )
     interval = fmt.interval(p.get("ratio_low"), p.get("ratio_high"), fmt.significant)
-    steady = facts["conventions"].get("steadiest")
-    where = f", counting {facts['convention_label']}" if steady is not None else ""
+    several = len(facts["conventions"].get("by_name") or {}) > 1
+    where = f", counting {facts['convention_label']}" if several else ""
     return (
         f"At {fmt.flops(p['C'])} FLOPs train {fmt.count(p['N'])} parameters on {fmt.count(p['D'])} tokens: "
         f"{fmt.significant(p['ratio'])} tokens per parameter (90% interval {interval}){where}."
@@ -78,7 +86,9 @@ def _loss(facts: Mapping[str, Any]) -> str:
     if not fmt.is_number(p.get("value")):
         return f"No {name} can be predicted from these runs."
     interval = fmt.interval(p.get("low"), p.get("high"), fmt.loss)
-    text = f"Expect {name} {fmt.loss(p['value'])} ({interval}) from the frontier"
+    if facts["frontier"].get("missing"):
+        return f"The surface alone, without a frontier, gives {name} {fmt.loss(p['value'])} ({interval})."
+    text = f"Expect {name} {fmt.loss(p['value'])} (90% interval {interval}) from the frontier"
     if fmt.is_number(p.get("surface")):
         text += f"; the surface says {fmt.loss(p['surface'])}, {fmt.percent(p['surface'] / p['value'] - 1, 2, True)}"
     return text + "."

@@ -133,3 +133,31 @@ def test_markdown_tells_the_same_numbers(facts: dict[str, Any]):
     assert all(w["text"] in text for w in facts["warnings"])
     assert facts["left_out"][0]["reason"] in text
     assert "| adopt |" in text and "+0.30%" not in text
+
+
+def test_warnings_about_many_budgets_are_one_line_and_prediction_reasons_are_not_said_twice(demo: tuple[Laws, RunTable]):
+    laws, table = demo
+    raw = laws.as_dict()
+    raw["warnings"] = [
+        "budget 4e+11 FLOPs (too few): 1 runs of fewer than 3 sizes: no parabola",
+        "budget 1.2e+12 FLOPs (too few): 2 runs of fewer than 3 sizes: no parabola",
+        "3 rows are left out, each with its reason",
+        "prediction: 40x beyond the largest compute fitted",
+    ]
+    raw["allocation"] = {**raw["allocation"], "warnings": []}
+    raw["allocation"]["prediction"] |= {"verdict": "warn", "reasons": ["40x beyond the largest compute fitted"]}
+    found = report_facts(raw, table)["warnings"]
+    texts = [w["text"] for w in found]
+    assert "Budgets 4×10¹¹ and 1.2×10¹² FLOPs (too few): fewer than three sizes, no parabola." in texts
+    assert [w["level"] for w in found if "left out" in w["text"]] == ["note"]
+    assert sum("40x beyond" in t for t in texts) == 1
+
+
+def test_a_refused_prediction_is_no_recommendation(demo: tuple[Laws, RunTable]):
+    laws, table = demo
+    raw = laws.as_dict()
+    raw["allocation"]["prediction"] |= {"verdict": "refuse", "reasons": ["400x beyond the largest compute fitted"]}
+    facts = report_facts(raw, table)
+    assert facts["verdict"]["status"] == "refuse"
+    assert facts["verdict"]["sentences"][0].startswith("These runs do not carry a recommendation")
+    assert facts["warnings"][0]["level"] == "bad"

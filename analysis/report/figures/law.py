@@ -26,6 +26,7 @@ SETTINGS = {
     "learning_rate": ("learning rate of the matrices", fmt.tick_plain, fmt.significant),
     "weight_decay": ("weight decay", fmt.tick_plain, fmt.significant),
 }
+MOST_DRAWN_BAR = 4.0  # an interval wider than this factor runs out of the plot
 MOST_EXCESS = 8.0  # per cent; points further above their cell's best are cut off
 
 
@@ -206,7 +207,9 @@ def _target(target: Mapping[str, Any], symbol: str, formatter: fmt.Formatter, xs
     if not fmt.is_number(target.get(symbol)) or not fmt.is_number(target.get("value")):
         return None
     xs.append(target[symbol])
-    ys.append(target["value"])
+    near = (target["value"] / MOST_DRAWN_BAR, target["value"] * MOST_DRAWN_BAR)
+    ends = [target[k] for k in ("low", "high") if fmt.is_number(target.get(k))]
+    ys += [target["value"], *(min(max(e, near[0]), near[1]) for e in ends)]
     return go.Scatter(
         x=[target[symbol]],
         y=[target["value"]],

@@ -103,7 +103,7 @@ def error_figure(facts: Mapping[str, Any]) -> go.Figure | None:
     zero = [0.0] * len(rows)
     bars = error_bar(zero, low, high, theme.colour("accent"))
     centre = {"symbol": "line-ns-open", "size": 10, "color": theme.colour("accent")}
-    marks = {"symbol": symbols, "size": [14 if s == "star" else 9 for s in symbols], "color": theme.colour("ink")}
+    marks = {"symbol": symbols, "size": [14 if s == "star" else 9 for s in symbols], "color": theme.colour("ink"), "opacity": 1}
     few = {"symbol": "circle-open", "size": 6, "color": theme.colour("faint"), "opacity": 0.8}
     traces = [
         go.Scatter(

@@ -5,6 +5,7 @@
   const figures = read("data-figures"), twins = read("data-twins"), settings = read("data-settings");
   const plots = Array.from(document.querySelectorAll(".plot"));
   const NARROW = 520; // CSS pixels of a plot's own width
+  const PAPER_WIDTH = 680, PAPER_HALF = 326; // A4 and Letter less their margins, in CSS pixels
   const touch = window.matchMedia("(pointer: coarse)").matches;
 
   /* Theme: what the reader chose here, else what the system prefers; paper is always light. */
@@ -67,7 +68,7 @@
 
   const config = { responsive: false, displaylogo: false, displayModeBar: false, doubleClick: "reset", showTips: false };
   function draw(el) {
-    const width = el.clientWidth;
+    const width = printing ? (el.closest(".pair, .triple") ? PAPER_HALF : PAPER_WIDTH) : el.clientWidth;
     const made = spec(el.dataset.figure, width);
     made.layout.width = width;
     el.dataset.width = width;
