@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from analysis.report import format as fmt
@@ -22,7 +23,7 @@ def warning_facts(raw: Mapping[str, Any], table: RunTable, facts: Mapping[str, A
     """[{"level": bad|warn|note, "text"}], without repetition."""
     found: list[dict[str, str]] = []
     laws_hash = str(raw.get("source_hash") or "")
-    if laws_hash and laws_hash != table.hash:
+    if laws_hash and not _fitted_to(table, laws_hash):
         text = f"The laws were fitted to other runs (hash {laws_hash}) than this table (hash {table.hash}); fit again."
         found.append({"level": "bad", "text": text})
     verdict = facts["prediction"].get("verdict")
@@ -41,6 +42,16 @@ def warning_facts(raw: Mapping[str, Any], table: RunTable, facts: Mapping[str, A
     for warning in found:
         unique.setdefault(warning["text"], warning)
     return sorted(unique.values(), key=lambda w: LEVELS.index(w["level"]))
+
+
+def _fitted_to(table: RunTable, laws_hash: str) -> bool:
+    """Whether the laws come from this table, or from it before its production and promotion runs, which enter no law."""
+    purposes = [set(p.split(",")) for p in table.frame["purpose"]]
+    for later in ((), ("production",), ("production", "promotion")):
+        earlier = table.frame[[not p & set(later) for p in purposes]]
+        if replace(table, frame=earlier).hash == laws_hash:
+            return True
+    return False
 
 
 def _budgets_together(warnings: list[Any]) -> list[Any]:

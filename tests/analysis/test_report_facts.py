@@ -124,6 +124,16 @@ def test_laws_of_other_runs_are_called_out(demo: tuple[Laws, RunTable]):
     assert worst["level"] == "bad" and "other runs" in worst["text"]
 
 
+def test_a_production_run_after_the_fit_is_no_other_table(demo: tuple[Laws, RunTable]):
+    laws, table = demo
+    later = table.frame.iloc[[0]].assign(run_id="f" * 16, purpose="production", L=1.63)
+    longer = replace(table, frame=pd.concat([table.frame, later], ignore_index=True))
+    assert longer.hash != table.hash
+    facts = report_facts(laws, longer)
+    assert not any("other runs" in w["text"] for w in facts["warnings"])
+    assert "production" in facts["runs"]["columns"]["use"]
+
+
 def test_markdown_tells_the_same_numbers(facts: dict[str, Any]):
     text = to_markdown(facts)
     for sentence in facts["verdict"]["sentences"]:

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.report import format as fmt
-from analysis.report.figures.theme import colour, faded
+from analysis.report.figures.theme import faded
 
 INTERIOR = "interior"
 EDGE_SYMBOLS = {"low": "triangle-left-open", "high": "triangle-right-open", "flat": "circle-open"}
@@ -94,11 +94,3 @@ def error_bar(values: Sequence[float], low: Sequence[Any], high: Sequence[Any], 
         "thickness": 1.4,
         "width": 4,
     }
-
-
-def open_note(figure: go.Figure, text: str) -> None:
-    """A quiet note in the plot's upper right corner, left out on phones."""
-    figure.add_annotation(
-        text=text, xref="paper", yref="paper", x=1, y=1, xanchor="right", yanchor="top", showarrow=False, align="right",
-        font={"size": 11.5, "color": colour("soft")}, name="wide",
-    )  # fmt: skip
