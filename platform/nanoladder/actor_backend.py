@@ -38,19 +38,22 @@ class TrialActor(tune.Trainable):
         return PlacementGroupFactory([trial_resources(spec)])
 
     def setup(self, config: dict[str, Any]) -> None:
+        """Starts nothing yet: Tune may make an actor for a trial and then give that trial to another that came free."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train")
-        self._begin(config)
+        self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._begin(new_config)
+        self._take(new_config)
         return True
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def _take(self, config: dict[str, Any]) -> None:
         self._spec = TrialSpec.from_json(config[SPEC])
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._outcome: Future[dict[str, Any]] = self._thread.submit(run_trial, self._spec, self._events)
+        self._outcome: Future[dict[str, Any]] | None = None
 
     def step(self) -> dict[str, Any]:
+        if self._outcome is None:
+            self._outcome = self._thread.submit(run_trial, self._spec, self._events)
         try:
             outcome = self._outcome.result(timeout=REPORT_SECONDS)
         except TimeoutError:

@@ -150,7 +150,7 @@ class Pool:
             work.sweep.metric: {str(seed): metric_of(work.sweep, r) for seed, r in seeds.items()},
         }
         work.values[trial.candidate] = value
-        work.study.finish(trial.candidate, outcome, value, record.curve, **attrs)
+        work.study.finish(trial.candidate, outcome, value, seeds[min(seeds)].curve, **attrs)
         if self._extend and work.sweep.extend_edges and work.study.exhausted and len(work.values) == work.study.total:
             work.study.extend(self._extend(work))
 

@@ -130,16 +130,24 @@ class CellStudy:
         if self.exhausted or not self._may_ask(number):
             return None
         distributions = {k: _distribution(d, self._values_of(k)) for k, d in self.space.items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if self._fixed is not None:
+            values = dict(self._fixed[number])
+            trial_number = self._add_running(values, distributions)
+        else:
             self._study.sampler = self._make_sampler(number)
-            if self._fixed is not None:
-                self._study.enqueue_trial(self._fixed[number])
-            trial = self._study.ask(distributions)
-        values = self._fixed[number] if self._fixed is not None else {k: trial.params[k] for k in self.space}
-        candidate = Candidate(number=number, values=dict(values), trial_number=trial.number)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                trial = self._study.ask(distributions)
+            values, trial_number = {k: trial.params[k] for k in self.space}, trial.number
+        candidate = Candidate(number=number, values=values, trial_number=trial_number)
         self.candidates.append(candidate)
         return candidate
+
+    def _add_running(self, values: dict[str, Value], distributions: dict[str, BaseDistribution]) -> int:
+        """A running trial with given values, made in one write: enqueueing and asking leave half a trial when cut off."""
+        trial = optuna.trial.create_trial(state=TrialState.RUNNING, params=values, distributions=distributions)
+        trial_id = self._study._storage.create_new_trial(self._study._study_id, template_trial=trial)
+        return self._study._storage.get_trial_number_from_id(trial_id)
 
     def _may_ask(self, number: int) -> bool:
         if self.sampler not in ADAPTIVE:
@@ -214,6 +222,8 @@ class CellStudy:
             number = len(self.candidates)
             if self._fixed is not None and number >= len(self._fixed):
                 self._fixed.append(_like_grid(self.space, trial.params))  # of an extension of the grid
+            if trial.state == TrialState.WAITING:  # queued by hand, with a dashboard
+                self._study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
             candidate = Candidate(number=number, values={}, trial_number=trial.number)
             candidate.values = self._fixed[number] if self._fixed is not None else self._complete_params(trial, number)
             finished = trial.state.is_finished()
@@ -223,8 +233,6 @@ class CellStudy:
 
     def _complete_params(self, trial: FrozenTrial, number: int) -> dict[str, Value]:
         if not trial.state.is_finished():
-            if trial.state == TrialState.WAITING:
-                self._study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
             self._study.sampler = self._make_sampler(number)
             live = optuna.trial.Trial(self._study, trial._trial_id)
             for key, dimension in self.space.items():

@@ -180,6 +180,9 @@ class MlflowWriter:
             if child is not None:
                 self.client.set_tag(child.id, TAG + key, value)
 
+    def knows(self, sweep: str) -> bool:
+        return sweep in self._parents
+
     def end(self) -> None:
         for parent in self._parents.values():
             self.client.set_terminated(parent)

@@ -288,6 +288,6 @@ def test_cmaes_needs_two_numbers(tmp_path: Path) -> None:
 def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "optuna.db"
     path.write_text("this is no database, but somebody's notes " * 100)
-    with pytest.raises(ConfigError, match="optuna.db cannot be read"):
+    with pytest.raises(ConfigError, match=r"optuna\.db cannot be read"):
         open_storage(f"sqlite:///{path}")
     assert path.read_text().startswith("this is no database")

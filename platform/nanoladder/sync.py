@@ -1,0 +1,150 @@
+"""Fill MLflow and Optuna from the records, which are the truth: after a tracking server was down, or for a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from nanochat_model.errors import ConfigError
+from nanochat_model.record import RunRecord
+from nanoladder.cells import Trial
+from nanoladder.promote import PROMOTIONS_FILE, read_promotions
+from nanoladder.sweep_index import INDEX_FILE, read_index
+from nanoladder.workspace import Workspace
+
+OTHER_RUNS = "other-runs"  # parent in MLflow of runs that belong to no sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncReport:
+    """What was looked at. `broken`: one line for each record or index that cannot be read."""
+
+    num_runs: int
+    num_sweeps: int
+    num_studies: int
+    broken: tuple[str, ...]
+
+
+def sync(
+    workspace: Workspace, *, mlflow_uri: str | None = None, optuna_uri: str | None = None, say: Callable[[str], None] | None = None
+) -> SyncReport:
+    """Bring MLflow and Optuna up to the records. "" leaves one out; default are the workspace's own databases.
+
+    Runs that are there already are left as they are. Raises ConfigError where the tracking server does not answer.
+    """
+    say = say or (lambda text: None)
+    records, broken = workspace.read_records()
+    by_id = {r.run_id: r for r in records}
+    indexes: list[dict[str, Any]] = []
+    for path in sorted((workspace.root / "sweeps").rglob(INDEX_FILE)):
+        try:
+            indexes.append(read_index(path))
+        except ConfigError as e:
+            broken.append(str(e))
+    studies = 0
+    if optuna_uri != "":
+        studies = sum(_sync_optuna(index, by_id, optuna_uri or workspace.optuna_uri) for index in indexes)
+    if mlflow_uri != "":
+        _sync_mlflow(workspace, indexes, by_id, mlflow_uri or workspace.mlflow_uri, say)
+    return SyncReport(num_runs=len(records), num_sweeps=len(indexes), num_studies=studies, broken=tuple(broken))
+
+
+def _sync_mlflow(
+    workspace: Workspace, indexes: list[dict[str, Any]], records: dict[str, RunRecord], uri: str, say: Callable[[str], None]
+) -> None:
+    from nanoladder.tracking import TAG, MlflowWriter
+
+    writer = MlflowWriter(uri, workspace.root / "mlartifacts")
+    verdicts = _verdicts(workspace.root)
+    named: set[str] = set()
+    try:
+        for index in indexes:
+            say(f"MLflow: sweep {index['sweep']}")
+            writer.begin(index["sweep"], {TAG + "question": index["question"], "mlflow.note.content": index["question"]})
+            for row in index["trials"]:
+                record = records.get(row["run_id"])
+                if record is not None:
+                    writer.record(_trial(index, row, record), record)
+                    named.add(record.run_id)
+            for run_id, verdict in verdicts.items():
+                writer.tag(index["sweep"], run_id, {"verdict": verdict})
+        for record in (r for r in records.values() if r.run_id not in named):
+            sweep = record.sweep or OTHER_RUNS
+            if not writer.knows(sweep):
+                writer.begin(sweep, {})
+            row = {"run_id": record.run_id, "cell": record.name or record.run_id, "candidate": 0, "values": {}, "seed": record.seed}
+            writer.record(_trial({"sweep": sweep, "stage": record.stage}, row, record), record)
+        writer.end()
+    except Exception as e:
+        raise ConfigError(f"MLflow at {uri} does not take the runs ({type(e).__name__}: {str(e)[:200]}); is the server up?") from e
+
+
+def _trial(index: dict[str, Any], row: dict[str, Any], record: RunRecord) -> Trial:
+    return Trial(
+        sweep=index["sweep"],
+        cell=row["cell"],
+        candidate=row["candidate"],
+        values=row["values"],
+        seed=row["seed"],
+        config=record.config,
+        run_id=record.run_id,
+        stage=index["stage"],
+        tags={k: v for k, v in record.tags.items() if k != "sweeps"},
+    )
+
+
+def _verdicts(root: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in (root / "sweeps").rglob(PROMOTIONS_FILE):
+        for promotion in read_promotions(path):
+            found |= dict.fromkeys(promotion["run_ids"], promotion["verdict"])
+    return found
+
+
+def _sync_optuna(index: dict[str, Any], records: dict[str, RunRecord], uri: str) -> int:
+    """Make the studies of a sweep that are missing; returns how many were made. A study that is there is left alone: the
+    sweep's own command completes it."""
+    import optuna
+    from optuna.distributions import json_to_distribution
+
+    from nanoladder.study import open_storage
+
+    storage = open_storage(uri)
+    try:
+        known = set(optuna.study.get_all_study_names(storage))
+        made = 0
+        for cell, facts in index["studies"].items():
+            rows = [r for r in index["trials"] if r["cell"] == cell]
+            if facts["study"] in known or not rows:
+                continue
+            study = optuna.create_study(study_name=facts["study"], storage=storage, direction=index["direction"])
+            distributions = {k: json_to_distribution(d) for k, d in facts["distributions"].items()}
+            for number in sorted({r["candidate"] for r in rows}):
+                study.add_trial(_frozen([r for r in rows if r["candidate"] == number], index["metric"], distributions, records))
+            made += 1
+        return made
+    finally:
+        storage.engine.dispose()
+
+
+def _frozen(rows: list[dict[str, Any]], metric: str, distributions: dict[str, Any], records: dict[str, RunRecord]) -> Any:
+    """One candidate, all its seeds, as a finished Optuna trial."""
+    import optuna
+    from optuna.trial import TrialState
+
+    from nanoladder.study import thin
+
+    statuses = {r["status"] for r in rows}
+    state = TrialState.COMPLETE if statuses == {"complete"} else TrialState.FAIL if "failed" in statuses else TrialState.PRUNED
+    record = records.get(rows[0]["run_id"])
+    return optuna.trial.create_trial(
+        state=state,
+        params=rows[0]["values"],
+        distributions=distributions,
+        value=fmean(r[metric] for r in rows) if state == TrialState.COMPLETE else None,
+        intermediate_values={p.step: p.val_bpb for p in thin(record.curve)} if record is not None else {},
+        user_attrs={"runs": {str(r["seed"]): r["run_id"] for r in rows}},
+    )

@@ -1,0 +1,132 @@
+"""MLflow that is dead, slow or empty: no run is held up, none is lost, and `sync` fills what is missing."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from toy_training import HORIZON, MODEL, train
+
+from nanochat_model.config import DataConfig
+from nanoladder.listen import Listeners
+from nanoladder.pool import Pool, make_works
+from nanoladder.space import Choice, Grid, LogUniform
+from nanoladder.study import CellStudy, open_storage
+from nanoladder.sweep import Cell, Sweep
+from nanoladder.sweep_index import IndexWriter
+from nanoladder.sync import sync
+from nanoladder.tracking import MlflowMirror, connect
+from nanoladder.workspace import Workspace
+
+KNOBS = {"batch_tokens": 64, "optimizer.matrix_lr": 0.02, "optimizer.weight_decay": 0.1}
+CELL = Cell(model=MODEL, horizon=HORIZON, overrides=KNOBS)
+GRID = Sweep(name="grid", question="?", cells=(CELL,), seeds=(0, 1), space={"optimizer.matrix_lr": Grid([0.01, 0.02])})
+SPACE = {"optimizer.matrix_lr": LogUniform(1e-3, 1e-1), "schedule.kind": Choice(["nanochat", "constant_then_decay"])}
+TPE = Sweep(name="tpe", question="?", cells=(CELL,), sampler="tpe", num_trials=3, space=SPACE)
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(50)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def run(workspace: Workspace, sweep: Sweep, mirror: MlflowMirror) -> float:
+    """A sweep without Ray; the seconds that its listeners took, their end left out."""
+    storage = open_storage(workspace.optuna_uri)
+    works = make_works(sweep, lambda s, c, d: CellStudy(s, c, storage, d), DataConfig(manifest_hash="toy"))
+    listener = Listeners([IndexWriter(workspace, works), mirror])
+    spent, start = 0.0, time.monotonic()
+    listener.on_begin([sweep])
+    pool = Pool(works, workspace.runs_dir, on_record=listener.on_record)
+    while (trial := pool.next()) is not None:
+        record = train(trial.config, run_dir=workspace.run_dir(trial.run_id), sweep=sweep.name, tags=dict(trial.tags))
+        start = time.monotonic()
+        listener.on_start(trial, 1)
+        for point in record.curve:
+            listener.on_event(trial, {"event": "eval", **vars(point)})
+        pool.finish(trial.run_id, record)
+        spent += time.monotonic() - start
+    listener.on_end()
+    storage.engine.dispose()
+    return spent
+
+
+def children(workspace: Workspace, sweep: str) -> list[object]:
+    client = connect(workspace.mlflow_uri)
+    experiment = client.get_experiment_by_name("nanoladder")
+    where = f"tags.`nanoladder.sweep` = '{sweep}'"
+    found = client.search_runs([experiment.experiment_id], filter_string=where) if experiment else []
+    return [r for r in found if "mlflow.parentRunId" in r.data.tags]
+
+
+def test_a_server_that_is_down_loses_nothing_and_sync_fills_it_in(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    said: list[str] = []
+    run(workspace, GRID, MlflowMirror(dead, artifacts=tmp_path, warn=said.append))
+    assert len(list(workspace.record_paths())) == 4
+    assert len(said) == 2 and "does not take" in said[0] and "nanoladder sync" in said[1]
+
+    report = sync(workspace)
+    assert (report.num_runs, report.num_sweeps, report.broken) == (4, 1, ())
+    found = children(workspace, "grid")
+    assert len(found) == 4 and {r.info.status for r in found} == {"FINISHED"}  # type: ignore[attr-defined]
+    before = {r.info.run_id for r in found}  # type: ignore[attr-defined]
+    sync(workspace)
+    assert {r.info.run_id for r in children(workspace, "grid")} == before, "a second sync adds nothing"  # type: ignore[attr-defined]
+
+
+def test_a_server_that_never_answers_does_not_hold_up_a_run(tmp_path: Path, silent_server: str) -> None:
+    said: list[str] = []
+    mirror = MlflowMirror(silent_server, artifacts=tmp_path, warn=said.append, close_seconds=0.5)
+    start = time.monotonic()
+    spent = run(Workspace(tmp_path), GRID, mirror)
+    assert spent < 1.0, "listeners must return at once"
+    assert time.monotonic() - start < 20 and any("behind the records" in s for s in said)
+
+
+def test_optuna_is_made_again_from_records(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    for sweep in (GRID, TPE):
+        run(workspace, sweep, MlflowMirror(workspace.mlflow_uri, artifacts=tmp_path))
+    names = optuna.study.get_all_study_names(workspace.optuna_uri)
+    old = {n: optuna.load_study(study_name=n, storage=workspace.optuna_uri).trials for n in names}
+    (tmp_path / "optuna.db").unlink()
+    assert sync(workspace, mlflow_uri="").num_studies == 2
+    for name, trials in old.items():
+        new = optuna.load_study(study_name=name, storage=workspace.optuna_uri).trials
+        assert [(t.params, t.value, t.state, t.intermediate_values) for t in new] == [
+            (t.params, t.value, t.state, t.intermediate_values) for t in trials
+        ]
+    before = {r.info.run_id for r in children(workspace, "grid")}  # type: ignore[attr-defined]
+    run(workspace, GRID, MlflowMirror(workspace.mlflow_uri, artifacts=tmp_path))
+    assert {r.info.run_id for r in children(workspace, "grid")} == before  # type: ignore[attr-defined]
+
+
+def test_broken_records_and_runs_without_a_sweep_are_named_and_kept(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    run(workspace, replace(GRID, seeds=(0,)), MlflowMirror("", artifacts=tmp_path, warn=lambda text: None))
+    first, second = workspace.record_paths()
+    second.write_text(second.read_text()[:200])
+    (tmp_path / "sweeps" / "grid" / "index.json").unlink()
+    report = sync(workspace)
+    assert report.num_runs == 1 and len(report.broken) == 1 and str(second) in report.broken[0]
+    (child,) = children(workspace, "grid")
+    assert child.data.tags["nanoladder.run_id"] == first.parent.name  # type: ignore[attr-defined]
