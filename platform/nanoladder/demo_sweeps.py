@@ -79,7 +79,7 @@ def weight_decay(size: DemoSize = DEMO, recipe: Recipe | None = None) -> Sweep:
         recipe or demo_recipe(size),
         _token_cells(size, size.weight_decay_cells),
     )
-    return replace(sweep, space={"weight_decay_multiplier": Grid(size.weight_decay_multipliers)}, extend_edges=True)
+    return replace(sweep, space={"weight_decay_multiplier": Grid(size.weight_decay_multipliers)})
 
 
 def batch(size: DemoSize = DEMO, recipe: Recipe | None = None) -> Sweep:
