@@ -83,11 +83,12 @@ def promotion_facts(promotions: Sequence[Mapping[str, Any]] | None) -> dict[str,
     if not promotions:
         return {"missing": NO_PROMOTIONS}
     rows = [{**p, "axes": dict(p.get("axes") or {})} for p in promotions]
-    adopted = list(dict.fromkeys(str(p["change"]) for p in rows if p["verdict"] == "adopt"))
-    undecided = list(dict.fromkeys(str(p["change"]) for p in rows if p["verdict"] == "undecided"))
-    text = f"{fmt.plural(len(rows), 'comparison')}: "
-    text += f"adopted {fmt.join(adopted)}" if adopted else "no change was adopted"
-    text += f"; undecided {fmt.join(undecided)}, where more seeds would tell." if undecided else "."
+    last = {str(p["change"]): str(p["verdict"]) for p in rows}  # a change's latest stage decides
+    parts = []
+    for verdict, word in (("adopt", "adopted"), ("undecided", "undecided"), ("reject", "rejected")):
+        names = [change for change, found in last.items() if found == verdict]
+        parts += [f"{word} {fmt.join(names)}"] if names else []
+    text = f"{fmt.plural(len(last), 'change')} in {fmt.plural(len(rows), 'comparison')}, by the latest stage of each: {'; '.join(parts)}."
     return {"rows": rows, "text": text}
 
 

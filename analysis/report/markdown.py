@@ -129,9 +129,9 @@ def _setting(block: Facts, name: str, title: str) -> list[str]:
 def _promotions(block: Facts) -> list[str]:
     rows = []
     for p in block.get("rows") or []:
-        axes = [_axis(p["axes"].get(a)) for a in ("steps", "flops", "seconds")]
+        axes = [_axis(p), *(_axis(p["axes"].get(a)) for a in ("steps", "flops", "seconds"))]
         rows.append([p["change"], p["stage"], p["verdict"], *axes])
-    heads = ["Change", "Stage", "Verdict", "Gain at equal steps", "at equal FLOPs", "at equal seconds"]
+    heads = ["Change", "Stage", "Verdict", "Gain", "at equal steps", "at equal FLOPs", "at equal seconds"]
     return ["## Stage promotions", _text(block), _table(heads, rows) if rows else ""]
 
 

@@ -12,6 +12,10 @@ from analysis.report.sections import section
 Facts = Mapping[str, Any]
 TITLES = {"batch_size": "Batch size", "learning_rate": "Learning rate", "weight_decay": "Weight decay"}
 ANCHORS = {"batch_size": "batch", "learning_rate": "learning-rate", "weight_decay": "weight-decay"}
+PROMOTION_NOTE = (
+    "Gain is the share by which the loss is lower, at the end of the runs and at equal steps, FLOPs and seconds; a factor says how "
+    "much less of that axis the change needs for the same loss. Below stand the 90% interval and the p-value of no gain."
+)
 AXES = ("steps", "flops", "seconds")
 GLOSSARY = (
     ("N, D, C", "Scaling parameters (which ones are counted is stated at the top), training tokens, training FLOPs."),
@@ -123,11 +127,11 @@ def promotions(facts: Facts) -> Html:
     rows = []
     for p in block["rows"]:
         change = join([str(p["change"]), tag("small", str(p["reason"]), "why")]) if p.get("reason") else str(p["change"])
-        axes = [axis_text(p["axes"].get(a)) for a in AXES]
+        axes = [axis_text(p if fmt.is_number(p.get("gain")) else None), *(axis_text(p["axes"].get(a)) for a in AXES)]
         rows.append([change, str(p["stage"]), chip(p["verdict"]), *axes, str(p.get("n_seeds") or "")])
-    heads = ["Change", "Stage", "Verdict", "Gain at equal steps", "at equal FLOPs", "at equal seconds", "Seeds"]
-    note = tag("p", "Gain is positive where the change is better; below it the 90% interval and the p-value of no gain.", "text")
-    return section("promotions", "Stage promotions", join([lead(block["text"]), table(heads, rows, numbers=(6,)), note]))
+    heads = ["Change", "Stage", "Verdict", "Gain", "at equal steps", "at equal FLOPs", "at equal seconds", "Seeds"]
+    note = tag("p", PROMOTION_NOTE, "text")
+    return section("promotions", "Stage promotions", join([lead(block["text"]), table(heads, rows, numbers=(7,)), note]))
 
 
 def axis_text(axis: Facts | None) -> Html | str:
@@ -138,7 +142,9 @@ def axis_text(axis: Facts | None) -> Html | str:
         small.append(fmt.interval(axis["low"], axis["high"], lambda v: fmt.percent(v, 2, True)))
     if fmt.is_number(axis.get("p_value")):
         small.append(f"p {fmt.significant(axis['p_value'], 2)}")
-    return join([fmt.percent(axis["gain"], 2, True), tag("small", ", ".join(small))])
+    factor = axis.get("multiplier")
+    gain = fmt.percent(axis["gain"], 2, True) + (f" · {factor:.2f}×" if fmt.is_number(factor) else "")
+    return join([gain, *(tag("small", line) for line in small)])
 
 
 def noise(facts: Facts, figures: Figures) -> Html:

@@ -74,7 +74,7 @@ def _settings(facts: Mapping[str, Any]) -> str:
         else:
             known.append(f"a {'matrix ' if name == 'learning_rate' else ''}{word} of {fmt.significant(value)}")
     if not known:
-        return "Batch, learning rate and weight decay were not swept: the recipe's own rules hold."
+        return "These runs give no law for batch, learning rate or weight decay: the recipe's own rules hold."
     rest = f"; no law for the {fmt.join(unknown)}, where the recipe's own rule holds" if unknown else ""
     return f"Use {fmt.join(known)}{rest}."
 
@@ -85,10 +85,11 @@ def _loss(facts: Mapping[str, Any]) -> str:
         return str(production["text"])
     if not fmt.is_number(p.get("value")):
         return f"No {name} can be predicted from these runs."
-    interval = fmt.interval(p.get("low"), p.get("high"), fmt.loss)
+    known = fmt.is_number(p.get("low"))
+    interval = f"90% interval {fmt.interval(p['low'], p.get('high'), fmt.loss)}" if known else "no interval can be given"
     if facts["frontier"].get("missing"):
         return f"The surface alone, without a frontier, gives {name} {fmt.loss(p['value'])} ({interval})."
-    text = f"Expect {name} {fmt.loss(p['value'])} (90% interval {interval}) from the frontier"
+    text = f"Expect {name} {fmt.loss(p['value'])} ({interval}) from the frontier"
     if fmt.is_number(p.get("surface")):
         text += f"; the surface says {fmt.loss(p['surface'])}, {fmt.percent(p['surface'] / p['value'] - 1, 2, True)}"
     return text + "."

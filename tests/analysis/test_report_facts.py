@@ -88,7 +88,7 @@ def test_missing_pieces_are_one_line_and_no_figure():
         assert "\n" not in facts[name]["missing"] and facts[name]["missing"].endswith(".")
     built = build_figures(facts, drawn_runs(table)[0])
     assert "isoflop" in built and not any(k.startswith(("batch_size", "learning_rate", "weight_decay", "noise")) for k in built)
-    assert "not swept" in facts["verdict"]["sentences"][1]
+    assert "no law for batch" in facts["verdict"]["sentences"][1]
 
 
 def test_production_is_compared_with_what_was_promised(demo: tuple[Laws, RunTable]):
@@ -171,3 +171,11 @@ def test_a_refused_prediction_is_no_recommendation(demo: tuple[Laws, RunTable]):
     assert facts["verdict"]["status"] == "refuse"
     assert facts["verdict"]["sentences"][0].startswith("These runs do not carry a recommendation")
     assert facts["warnings"][0]["level"] == "bad"
+
+
+def test_the_latest_stage_of_a_change_decides(demo: tuple[Laws, RunTable]):
+    laws, table = demo
+    first = promotions()[0]
+    stages = [first, {**first, "stage": "d4", "verdict": "undecided"}]
+    text = report_facts(laws, table, None, stages)["promotions"]["text"]
+    assert "undecided weight_decay_multiplier=0.5" in text and "adopted" not in text

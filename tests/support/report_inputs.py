@@ -32,7 +32,7 @@ def production(*, measured: float | None, predicted: float = 1.62, run_id: str =
 
 
 def promotions() -> list[dict[str, Any]]:
-    gain = {"gain": 0.012, "low": 0.006, "high": 0.018, "p_value": 0.003}
+    gain = {"gain": 0.012, "multiplier": 1.08, "low": 0.006, "high": 0.018, "p_value": 0.003}
     loss = {"gain": -0.02, "low": -0.03, "high": -0.01, "p_value": 0.99}
     weak = {"gain": 0.001, "low": -0.004, "high": 0.006, "p_value": 0.4}
     return [
