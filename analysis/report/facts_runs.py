@@ -88,7 +88,7 @@ def promotion_facts(promotions: Sequence[Mapping[str, Any]] | None) -> dict[str,
     for verdict, word in (("adopt", "adopted"), ("undecided", "undecided"), ("reject", "rejected")):
         names = [change for change, found in last.items() if found == verdict]
         parts += [f"{word} {fmt.join(names)}"] if names else []
-    text = f"{fmt.plural(len(last), 'change')} in {fmt.plural(len(rows), 'comparison')}, by the latest stage of each: {'; '.join(parts)}."
+    text = f"{fmt.plural(len(last), 'change')} in {fmt.plural(len(rows), 'comparison')}, by the latest stage: {'; '.join(parts)}."
     return {"rows": rows, "text": text}
 
 
