@@ -19,15 +19,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])
 
-from toy_training import HORIZON, MODEL, STEP_SECONDS_ENV, TRAIN  # noqa: E402
+from toy_training import HORIZON, MODEL, STEP_SECONDS_ENV, TRAIN
 
-from nanochat_model.config import DataConfig  # noqa: E402
-from nanoladder.execute import execute_sweep  # noqa: E402
-from nanoladder.listen import SweepProgress  # noqa: E402
-from nanoladder.ray_init import ensure_ray, shutdown_ray  # noqa: E402
-from nanoladder.space import Grid  # noqa: E402
-from nanoladder.sweep import Cell, Sweep  # noqa: E402
-from nanoladder.workspace import Workspace  # noqa: E402
+from nanochat_model.config import DataConfig
+from nanoladder.execute import execute_sweep
+from nanoladder.listen import SweepProgress
+from nanoladder.ray_init import ensure_ray, shutdown_ray
+from nanoladder.space import Grid
+from nanoladder.sweep import Cell, Sweep
+from nanoladder.workspace import Workspace
 
 
 def resident_mb() -> float:
