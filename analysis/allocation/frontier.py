@@ -20,6 +20,7 @@ PRIOR_GAMMA, PRIOR_LOG_SD = 0.18, 0.4
 GAMMA_GRID = np.geomspace(0.005, 3.0, 160)
 DEFAULT_SD = 0.003  # relative, of a budget's lowest loss, where nothing tells: seed noise of small models is 0.2-0.5%
 NUM_DRAWS = 1000
+FLAT = 1e-6  # a reducible loss below this share of E is none
 MIN_BUDGETS = 3  # as many as parameters
 
 
@@ -194,7 +195,7 @@ def _draws(x: np.ndarray, loss: np.ndarray, sd: np.ndarray, center: np.ndarray, 
 
 def _judge(theta: np.ndarray, n: int, c: np.ndarray) -> tuple[str, str]:
     decades = math.log10(c[-1] / c[0])
-    if theta[1] <= 0:
+    if theta[1] <= FLAT * theta[0]:
         return "at_bound", "the lowest loss does not fall with compute: no frontier"
     if theta[0] <= 1e-6 * theta[1]:
         return "at_bound", "E = 0 at the best fit: the budgets do not show where the loss levels off"

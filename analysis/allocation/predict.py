@@ -16,6 +16,7 @@ from analysis.allocation.tools import jsonable
 from analysis.errors import DataError
 
 WARN_EXTRAPOLATION, REFUSE_EXTRAPOLATION = 10.0, 100.0  # of the largest compute fitted
+WARN_FORM_SPREAD = 0.01  # surface against frontier: a difference below 1% is no doubt worth naming
 WARN_SCALE = 2.0  # errors on held-out budgets twice what the fits expected
 WARN_HALF_WIDTH = 0.05  # an interval of +-5% of the loss decides nothing
 WARN_EMBEDDING_SHARE = 0.5
@@ -143,7 +144,8 @@ class Predictor:
             half = math.log(interval[1] / interval[0]) / 2
             if half > WARN_HALF_WIDTH:
                 reasons.add("warn", f"the interval is +-{100 * half:.0f}% of the loss wide")
-            if surface is not None and not interval[0] <= surface <= interval[1]:
+            apart = surface is not None and abs(surface / value - 1) > WARN_FORM_SPREAD
+            if surface is not None and apart and not interval[0] <= surface <= interval[1]:
                 reasons.add(
                     "warn",
                     f"the surface alone says {surface:.4g}, outside the interval ({surface / value - 1:+.1%})",

@@ -21,6 +21,7 @@ SEARCH_POINTS = 1500  # the search sees at most so many points of a large table;
 MAX_EXPONENT = 50.0  # far above any loss curve: at this slope a term is a step between two neighbouring sizes
 FLOOR_E = -30.0  # E below exp(-30) of the mean loss is zero to double precision
 SHARE_OF_ZERO = 1e-4  # where the closed form gives a term zero, the search starts it at this share
+SCOUT_ITERATIONS = 60  # a start that needs more is carried on only if it is among the survivors
 NUM_SURVIVORS, NUM_MOVES, NUM_ROUNDS = 8, 6, 3
 
 
@@ -112,14 +113,14 @@ def search(problem: Problem, weights: np.ndarray, *, thorough: bool = True) -> t
     starts = projected_starts(problem, weights)
     if thorough:
         starts = np.vstack([starts, share_starts()])
-    theta, value, _ = minimize(Evaluator(problem, case), starts, box)
+    theta, value, _ = minimize(Evaluator(problem, case), starts, box, SCOUT_ITERATIONS)
     keep = distinct(theta, value, NUM_SURVIVORS)
     theta, value = theta[keep], value[keep]
     rng = np.random.default_rng(0)
     for _ in range(NUM_ROUNDS if thorough else 1):
         moves = rng.normal(size=(theta.shape[0] * NUM_MOVES, NUM_PARAMETERS)) * np.array([0.3, 0.3, 0.1, 0.1, 0.1])
         moves *= 10 ** rng.uniform(-1.5, 0.5, size=(moves.shape[0], 1))
-        new = np.vstack([face_starts(theta, box), np.repeat(theta, NUM_MOVES, axis=0) + moves if thorough else theta[:0]])
+        new = np.vstack([theta, face_starts(theta, box), np.repeat(theta, NUM_MOVES, axis=0) + moves if thorough else theta[:0]])
         new_theta, new_value, _ = minimize(Evaluator(problem, case), new, box)
         theta, value = np.vstack([theta, new_theta]), np.concatenate([value, new_value])
         keep = distinct(theta, value, NUM_SURVIVORS)

@@ -147,9 +147,7 @@ def test_statuses():
     assert one_size.status in ("not_identifiable", "at_bound")
 
 
-@pytest.mark.parametrize(
-    ("column", "value", "words"), [("N", -1.0, "row 2"), ("L", math.nan, "row 2"), ("D", math.inf, "row 2")]
-)
+@pytest.mark.parametrize(("column", "value", "words"), [("N", -1.0, "row 2"), ("L", math.nan, "row 2"), ("D", math.inf, "row 2")])
 def test_bad_values_are_named(column, value, words):
     r = ladder(HOFFMANN, np.array([1e18, 1e19]), sizes=5, span=4)
     columns = {"N": r.N.copy(), "D": r.D.copy(), "L": r.L.copy()}

@@ -142,6 +142,13 @@ def test_predictors_that_move_together_are_not_identifiable():
     assert still.exponents["D"] == pytest.approx(0.5, abs=0.02)
 
 
+def test_an_exponent_that_stays_open_keeps_the_published_one():
+    """Three noisy cells over a short range would give −3 as gladly as +4: the published exponent is the better bet."""
+    law = fit(points([20.0, 20.4, 20.8], [10.0, 8.9, 10.9]))
+    assert (law.status, law.exponents["D"], law.intervals["D"]) == ("not_identifiable", 0.383, None)
+    assert "leave the exponent of D anywhere in 1.1 ±" in law.message and "kept at 0.383" in law.message
+
+
 def test_law_does_not_care_for_units():
     rng = np.random.default_rng(5)
     x, y = np.linspace(20, 25, 8), rng.normal(0, 0.1, 8) + 0.4 * np.linspace(20, 25, 8)

@@ -1,0 +1,166 @@
+"""Frontier, calibration and prediction: exact without noise, honest with it, silent where nothing calibrates."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from allocation_tables import HOFFMANN, ladder, table
+from scipy import stats
+
+from analysis.allocation import (
+    FlopsRule,
+    calibrate,
+    compute_for_loss,
+    fit_frontier,
+    make_runs,
+    predict_from_block,
+    predict_loss,
+)
+from analysis.allocation.calibrate import Calibration
+from analysis.allocation.loss_model import fit_loss_model
+from analysis.allocation.parametric import surface_loss, surface_optimum
+from analysis.allocation.predict import make_predictor
+from analysis.budgets import assign_budgets
+from analysis.errors import DataError
+
+GAMMA = 0.34 * 0.28 / 0.62
+
+
+def true_loss(C: float) -> float:
+    return float(surface_optimum(HOFFMANN[None], C, FlopsRule())[2][0, 0])
+
+
+def test_frontier_without_noise_is_exact():
+    C = 10.0 ** np.linspace(18, 21, 6)
+    L = surface_optimum(HOFFMANN[None], C, FlopsRule())[2][0]
+    fit = fit_frontier(C, L, sd=np.full(6, 1e-9))
+    assert (fit.E, fit.gamma) == pytest.approx((1.69, GAMMA), rel=1e-5) and fit.status == "converged"
+    assert float(fit.loss(1e24)) == pytest.approx(true_loss(1e24), rel=1e-6)
+    assert fit.compute_for(true_loss(1e22)) == pytest.approx(1e22, rel=1e-4) and fit.compute_for(1.6) is None
+
+
+def test_frontier_with_few_budgets():
+    C = 10.0 ** np.array([18.0, 18.5, 19.0])
+    L = np.array([3.0, 2.8, 2.63])
+    assert fit_frontier(C[:2], L[:2]).status == "too_few"
+    three = fit_frontier(C, L)
+    assert three.status == "not_identifiable" and 0 <= three.E < 2.63
+    assert three.log_sd(1e21) > 2 * three.log_sd(1e19) > 0
+    rising = fit_frontier(C, L[::-1])
+    assert rising.status == "at_bound" and "does not fall" in rising.message
+
+
+def test_frontier_is_the_same_in_bits_and_nats():
+    C, L = 10.0 ** np.linspace(18, 20, 5), np.array([3.0, 2.84, 2.69, 2.57, 2.46])
+    nats, bits = fit_frontier(C, L), fit_frontier(C * 1e-15, L / math.log(2))
+    assert bits.gamma == pytest.approx(nats.gamma, rel=1e-6)
+    assert float(bits.loss(1e6)) * math.log(2) == pytest.approx(float(nats.loss(1e21)), rel=1e-6)
+
+
+def test_noiseless_ladder_predicts_the_surface():
+    r = ladder(HOFFMANN, 10.0 ** np.linspace(18, 20, 5), sizes=7, span=2)
+    best = predict_loss(r.N, r.D, r.L, r.budget, target_C=1e21)
+    assert best.verdict == "ok" and best.interval is not None and best.extrapolation == pytest.approx(10)
+    assert best.value == pytest.approx(true_loss(1e21), rel=1e-3)
+    off = predict_loss(r.N, r.D, r.L, r.budget, target_N=3e9, target_D=2e10)
+    assert off.value == pytest.approx(float(surface_loss(HOFFMANN[None], 3e9, 2e10)[0, 0]), rel=2e-3)
+    assert off.interval is not None and best.N is not None
+
+
+def test_intervals_cover_a_known_surface():
+    """24 noisy ladders of five budgets, predicted at ten times their compute: nominal 90% intervals. With a true coverage of 85%
+    fewer than 15 hits have a probability below 0.2%; bench/coverage.py does 200."""
+    hits, runs_hit, total = 0, 0, 24
+    for seed in range(total):
+        r = ladder(HOFFMANN, 10.0 ** np.linspace(18, 20, 5), sizes=7, span=4, noise=0.004, seed=seed)
+        p = predict_loss(r.N, r.D, r.L, r.budget, target_C=1e21)
+        assert p.interval is not None and p.run_interval is not None
+        hits += p.interval[0] <= true_loss(1e21) <= p.interval[1]
+        noisy = true_loss(1e21) * math.exp(0.004 * np.random.default_rng(10_000 + seed).normal())
+        runs_hit += p.run_interval[0] <= noisy <= p.run_interval[1]
+        assert p.run_interval[0] < p.interval[0] < p.value < p.interval[1] < p.run_interval[1]
+    assert stats.binom.cdf(14, total, 0.85) < 2e-3
+    assert hits >= 15 and runs_hit >= 15
+
+
+def test_held_out_budgets_of_public_ladders():
+    """Every budget above the fourth, predicted from those below it; 90% intervals calibrated on the budgets in between."""
+    covered = judged = 0
+    minima = minima_judged = 0
+    for name in ("chinchilla_epoch", "marin_comma", "marin_dclm"):
+        t = table(name, clean=False)
+        compute = t["budget"].to_numpy()
+        budget, _ = assign_budgets(compute, compute)
+        found = calibrate(make_runs(t["N"], t["D"], t["L"], budget=budget, C=compute))
+        hit, n = found.coverage("run")
+        covered, judged = covered + hit, judged + n
+        hit, n = found.coverage("minimum")
+        minima, minima_judged = minima + hit, minima_judged + n
+    assert judged >= 150 and covered >= 0.8 * judged
+    assert minima_judged >= 10 and minima >= 0.8 * minima_judged
+
+
+def test_no_interval_below_four_budgets():
+    for k in (2, 3):
+        r = ladder(HOFFMANN, 10.0 ** np.linspace(18, 19, k), sizes=7, span=3, noise=0.003)
+        p = predict_loss(r.N, r.D, r.L, r.budget, target_C=2e19)
+        assert p.interval is None and p.run_interval is None
+        assert p.verdict == ("refuse" if k == 2 else "warn") and p.reasons
+        assert p.value == pytest.approx(true_loss(2e19), rel=0.05)
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(5, "ok"), (30, "warn"), (150, "refuse")])
+def test_extrapolation_decides_the_verdict(factor, verdict):
+    r = ladder(HOFFMANN, 10.0 ** np.linspace(17, 20, 7), sizes=7, span=3, noise=0.0005)
+    p = predict_loss(r.N, r.D, r.L, r.budget, target_C=factor * 1e20)
+    assert p.verdict == verdict and p.extrapolation == pytest.approx(factor)
+    assert (verdict == "ok") == (not p.reasons)
+
+
+def test_scale_of_the_errors():
+    """Folds that missed by three times their expectation stretch the interval; folds that agree leave about the normal's 1.645."""
+    calm, wild = Calibration(mean_squares=(1.0,) * 4, held_out=()), Calibration(mean_squares=(9.0,) * 4, held_out=())
+    assert calm.scale == pytest.approx(1.0) and 1.645 < calm.stretch() < 2.0
+    assert wild.scale == pytest.approx(math.sqrt((2 + 36) / 6)) and wild.stretch() > 2.4 * calm.stretch()
+
+
+def test_a_ladder_that_bends_is_not_trusted():
+    """A loss that stops falling at the top budget (a data limit) is what the lower budgets cannot know: z grows, so does the band."""
+    r = ladder(HOFFMANN, 10.0 ** np.linspace(18, 20.5, 6), sizes=7, span=3, noise=0.002)
+    bent = np.where(r.C > 3e19, r.L * (r.C / 3e19) ** 0.03, r.L)
+    straight_found, bent_found = calibrate(r), calibrate(make_runs(r.N, r.D, bent, budget=r.budget))
+    assert bent_found.scale > 1.5 * straight_found.scale
+
+
+def test_the_stored_block_predicts_the_same():
+    r = ladder(HOFFMANN, 10.0 ** np.linspace(18, 20, 5), sizes=7, span=4, noise=0.003)
+    predictor = make_predictor(fit_loss_model(r).model, calibrate(r), embedding_share=0.7)
+    block = json.loads(json.dumps({"predictor": predictor.as_dict()}, allow_nan=False))
+    for target in (
+        {"target_C": 1e21},
+        {"target_N": 1e9, "target_D": 2e10},
+        {"target_N": 1e9, "target_D": 2e10, "target_C": 1.3e20},
+    ):
+        here, there = predictor.at(**target), predict_from_block(block, **target)
+        assert there.value == pytest.approx(here.value, rel=1e-12) and there.interval == pytest.approx(here.interval, rel=1e-6)
+        assert (there.verdict, there.reasons) == (here.verdict, here.reasons)
+        assert any("embeddings" in reason for reason in there.reasons)
+    C = compute_for_loss(block, predictor.at(target_C=3e20).value)
+    assert C == pytest.approx(3e20, rel=1e-9) and compute_for_loss(block, 0.1) is None and compute_for_loss({}, 2.0) is None
+
+
+def test_targets_are_checked():
+    r = ladder(HOFFMANN, 10.0 ** np.linspace(18, 19, 4), sizes=5, span=3, noise=0.003)
+    predictor = make_predictor(fit_loss_model(r).model, Calibration(mean_squares=(1.0,), held_out=()))
+    for bad in ({}, {"target_N": 1e9}, {"target_C": -1.0}, {"target_N": 1e9, "target_D": math.nan}):
+        with pytest.raises(DataError, match="target"):
+            predictor.at(**bad)
+    with pytest.raises(DataError, match="fit again"):
+        predict_from_block({}, target_C=1e20)
+    with pytest.raises(DataError, match="scale"):
+        stored = predictor.as_dict()
+        del stored["scale"]
+        predict_from_block({"predictor": stored}, target_C=1e20)
