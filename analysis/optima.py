@@ -14,7 +14,10 @@ from analysis.power_law import Points
 from analysis.purposes import cell_numbers
 from analysis.valley import Optimum, Valley, fit_valley, locate
 
-OWN_DF = 10  # a cell with this many spare points is judged by its own residuals, others by all cells' pooled ones
+OWN_DF = (
+    3  # a cell with this many spare points is judged by its own residuals (misfit differs between cells), others by pooled ones
+)
+ENOUGH_DF = 10  # pooled spare points beyond which the seed noise is no longer needed beside them
 LABELS = ("N", "D", "width", "B", "lr", "weight_decay")
 
 
@@ -45,7 +48,7 @@ def find_optima(
     """Optimum along `axis` (B, lr or weight_decay) in every (N, D) cell with at least three of its values.
 
     `other`: a second knob; where both vary freely the quadratic is two-dimensional. `hold`: knobs that must be equal inside a
-    cell. Standard errors come from the cell's own residuals (10 spare points or more), else from all cells' pooled residuals
+    cell. Standard errors come from the cell's own residuals (3 spare points or more), else from all cells' pooled residuals
     and the seed noise.
     """
     usable = frame[(frame[axis] > 0) & np.isfinite(frame[axis])].reset_index(drop=True)
@@ -126,6 +129,6 @@ def _pooled(valleys: Sequence[Valley], noise: SeedNoise | None) -> tuple[float, 
     """Variance of log loss about the quadratics, over all cells; seed noise joins in while spare points are few."""
     df = sum(v.df for v in valleys)
     own = (sum(v.rss for v in valleys) / df, float(df)) if df > 0 else (float("nan"), 0.0)
-    if df >= OWN_DF or noise is None:
+    if df >= ENOUGH_DF or noise is None:
         return own
     return pool_variance(own, (noise.sd**2, float(noise.df)))

@@ -19,6 +19,7 @@ from analysis.law import Law, Status, unit_coefficient
 
 SAME_VALUE = math.log(1.1)  # a symbol whose range is under 10% does not vary
 MIN_RANGE = math.log(1.4)  # and over less than this its exponent is noise: the published one is kept
+UNTOLD = 1.0  # half width of an exponent's 90% interval beyond which the published one is the better bet
 COLLINEAR = 0.98  # correlation of two predictors beyond which their exponents are not told apart
 
 
@@ -151,22 +152,17 @@ def fit_power_law(
 ) -> Law:
     """Law of `target` in `symbols` through the interior optima, edge cells as intervals.
 
-    An exponent is fitted when its symbol varies and there are more points than coefficients; otherwise the `assumed` (published)
-    one is kept, only the constant is fitted, and the status says so. Statuses: too_few (points), not_identifiable (a symbol
-    that does not vary, or two that move together), at_bound (most cells at an edge), converged.
+    An exponent is fitted when its symbol varies, there are more points than coefficients, and its interval is within ±1;
+    otherwise the `assumed` (published) one is kept, only the constant is fitted, and the status says so. Statuses: too_few
+    (points), not_identifiable (a symbol that does not vary, two that move together, an exponent that stays open), at_bound (most
+    cells at an edge), converged.
     """
     usable = points.interior | points.bounded
     form = f"{target} = k · " + " · ".join(f"{s}^e_{s}" for s in symbols)
     empty = Law(
-        name=name,
-        target=target,
-        form=form,
-        method=method,
-        source_hash=source_hash,
-        cells=tuple(cells),
-        level=level,
+        name=name, target=target, form=form, method=method, source_hash=source_hash, cells=tuple(cells), level=level,
         coefficient=None,
-    )
+    )  # fmt: skip
     n = int(points.interior.sum())
     if n == 0:
         status: Status = "at_bound" if points.bounded.any() else "too_few"
@@ -175,11 +171,15 @@ def fit_power_law(
     references = {s: float(np.exp(points.symbols[s][points.interior].mean())) for s in symbols}
     centred = {s: points.symbols[s] - math.log(references[s]) for s in symbols}
     free, status, doubts = _choose_free(centred, points, symbols)
+    design, shifted, line = _solve(points, centred, free, assumed)
+    loose = _loose(line, free)
+    if loose:
+        status, free = "not_identifiable", [s for s in free if s not in loose]
+        doubts += [
+            f"these cells leave the exponent of {s} anywhere in {value:.2g} ± {half:.2g}" for s, (value, half) in loose.items()
+        ]
+        design, shifted, line = _solve(points, centred, free, assumed)
     held = [s for s in symbols if s not in free]
-    offset = sum((assumed.get(s, 0.0) * centred[s] for s in held), np.zeros(len(points.value)))
-    design = np.column_stack([np.ones(len(points.value)), *(centred[s] for s in free)])
-    shifted = _shift(points, offset)
-    line = _fit(design, shifted, usable)
     exponents = {s: float(line.beta[1 + free.index(s)]) if s in free else float(assumed.get(s, 0.0)) for s in symbols}
     tests: dict[str, Any] = {}
     if status == "too_few" and len(symbols) == 1 and n == 2:
@@ -202,6 +202,24 @@ def fit_power_law(
         message="; ".join(doubts), tests=tests,
     )  # fmt: skip
     return _with_intervals(law, line, points)
+
+
+def _solve(
+    points: Points, centred: Mapping[str, np.ndarray], free: Sequence[str], assumed: Mapping[str, float]
+) -> tuple[np.ndarray, Points, LineFit]:
+    """Design (n, p), the points less what the held exponents explain, and the fit of the free ones."""
+    held = (assumed.get(s, 0.0) * x for s, x in centred.items() if s not in free)
+    design = np.column_stack([np.ones(len(points.value)), *(centred[s] for s in free)])
+    shifted = _shift(points, sum(held, np.zeros(len(points.value))))
+    return design, shifted, _fit(design, shifted)
+
+
+def _loose(line: LineFit, free: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Exponents whose 90% interval is wider than ±1, with value and half width: they are not told by these cells."""
+    if not (free and line.df > 0):
+        return {}
+    half = float(stats.t.ppf(0.95, line.df)) * np.sqrt(np.diag(line.covariance))[1:]
+    return {s: (float(line.beta[1 + i]), float(half[i])) for i, s in enumerate(free) if half[i] > UNTOLD}
 
 
 def log_range(logs: np.ndarray) -> tuple[float, float]:
@@ -241,7 +259,7 @@ def _shift(points: Points, offset: np.ndarray) -> Points:
     )  # fmt: skip
 
 
-def _fit(design: np.ndarray, points: Points, usable: np.ndarray) -> LineFit:
+def _fit(design: np.ndarray, points: Points) -> LineFit:
     inside = points.interior
     line = fit_line(design[inside], points.value[inside], points.se[inside])
     if points.bounded.any() and line.df > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -172,10 +173,17 @@ def load_records(paths: str | Path | Sequence[str | Path], *, convention: str = 
     if convention not in CONVENTIONS:
         raise DataError(f"convention {convention!r} is unknown; known: {', '.join(CONVENTIONS)}")
     rows, curves, left_out = read_records(paths)
-    name = str(paths) if isinstance(paths, (str, Path)) else ", ".join(map(str, paths))
+    name = _name_of([Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)])
     if not rows:
         raise DataError(f"{name}: no readable run record ({left_out[0].row}: {left_out[0].reason})")
     return table_from_frame(pd.DataFrame(rows), source=name, convention=convention, left_out=left_out, curves=curves)
+
+
+def _name_of(paths: Sequence[Path]) -> str:
+    """What a table of these paths is called in a message: the path itself, or the folder that holds them all."""
+    if len(paths) == 1:
+        return str(paths[0])
+    return f"{len(paths)} records under {os.path.commonpath([p.absolute() for p in paths])}"
 
 
 def load_csv(

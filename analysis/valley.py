@@ -17,6 +17,7 @@ Edge = Literal["interior", "low", "high", "flat"]
 NEAR_BEST = 0.02  # points within about 2% of the best loss (Step Law's table is reproduced with this)
 WIDER = (0.03, 0.05, 0.08, 0.15, 0.3, np.inf)  # tried in turn when too few points are that near
 ENOUGH_POINTS = {1: 4, 2: 10}  # distinct settings: one more than a parabola's 3, four more than a paraboloid's 6
+FAR_STEPS = 1.5  # of the grid between its best value and the vertex, beyond which a parabola does not describe the valley
 EDGE_LEVEL = 0.9  # of the vertex' and the curvature's interval
 
 
@@ -136,8 +137,10 @@ def locate(valley: Valley, axis: str, variance: float, df: float, level: float =
     argmin = float(valley.argmin[a])
     vertex = float(valley.vertex[a])
     se = float(np.sqrt(max(0.0, (valley.jacobian @ covariance @ valley.jacobian.T)[a, a]))) if known else float("nan")
-    curvature, curvature_se = _least_curvature(valley, covariance)
+    curvature, curvature_se = _profile_curvature(valley, a, covariance)
     edge, reason = judge(grid, argmin, vertex, se, curvature, curvature_se, quantile)
+    if edge == "interior" and k == 1 and _disagree(grid, argmin, vertex, quantile * se if known else 0.0):
+        edge, reason = "flat", "the best value and the parabola's vertex lie apart: the valley is no parabola"
     means = [float(np.exp(valley.y[np.abs(valley.x[:, a] - g) < 1e-8].mean())) for g in (grid[0], grid[-1])]
     best = float(np.exp(valley.y.min()))
     if edge == "interior":
@@ -225,15 +228,29 @@ def _hessian_derivatives(k: int) -> list[np.ndarray]:
     return [np.array(m, dtype=float) for m in ([[2, 0], [0, 0]], [[0, 1], [1, 0]], [[0, 0], [0, 2]])]
 
 
-def _least_curvature(valley: Valley, covariance: np.ndarray) -> tuple[float, float]:
-    """Smallest eigenvalue of the Hessian and its standard error (first order: vᵀ dH v for the eigenvector v)."""
+def _profile_curvature(valley: Valley, axis: int, covariance: np.ndarray) -> tuple[float, float]:
+    """Curvature along one knob with the other at its best, 1/(H⁻¹)_aa, and its standard error; NaN where H has no valley.
+
+    First order: vᵀ dH v with v the direction in which the other knob follows (1 on the knob itself, −H_ao/H_oo on the other).
+    """
     k = len(valley.axes)
     if not np.isfinite(valley.beta).all():
         return float("nan"), float("nan")
-    values, vectors = np.linalg.eigh(_hessian(valley.beta, k))
-    v = vectors[:, 0]
+    hessian = _hessian(valley.beta, k)
+    v = np.ones(k)
+    if k == 2:
+        other = 1 - axis
+        if not hessian[other, other] > 0:
+            return float("nan"), float("nan")
+        v[other] = -hessian[axis, other] / hessian[other, other]
     slope = np.array([v @ dh @ v for dh in _hessian_derivatives(k)])
-    return float(values[0]), float(np.sqrt(slope @ covariance[1 + k :, 1 + k :] @ slope))
+    return float(v @ hessian @ v), float(np.sqrt(slope @ covariance[1 + k :, 1 + k :] @ slope))
+
+
+def _disagree(grid: np.ndarray, argmin: float, vertex: float, half: float) -> bool:
+    """Whether the vertex lies farther from the best value than its interval and one and a half steps of the grid."""
+    step = float(np.median(np.diff(grid)))
+    return abs(vertex - argmin) > max(half, FAR_STEPS * step)
 
 
 def _near_best(settings: np.ndarray, means: np.ndarray, k: int) -> tuple[np.ndarray, float]:

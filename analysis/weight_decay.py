@@ -20,7 +20,7 @@ from analysis.allocation.tools import jsonable
 from analysis.law import Law, Prediction, Status
 from analysis.noise import SeedNoise
 from analysis.optima import as_points, find_optima
-from analysis.power_law import COLLINEAR, SAME_VALUE, Points, fit_line, fit_power_law, log_range
+from analysis.power_law import COLLINEAR, MIN_RANGE, SAME_VALUE, Points, fit_line, fit_power_law, log_range
 
 ASSUMED = {"width": -1.97, "D": -1.0, "N": -1.0, "ratio": 0.527}  # nanochat's width law; constant timescale; −ρ
 METHOD = "quadratics of log loss in log weight decay, then one weighted power law a candidate"
@@ -122,7 +122,8 @@ def _fit(points: Points, cells: Sequence[dict[str, Any]], level: float, source_h
             leave_one_scale_out={},
             **whole,
         )
-    fitted = [law for law in usable if law.status != "too_few" and law.tests.get("exponent_fitted", bool(law.free))] or usable
+    varying = {name for name, (p, s) in predictors.items() if np.ptp(p.symbols[s][p.interior]) > MIN_RANGE}
+    fitted = [law for law in usable if law.name in varying] or usable
     correlations = _correlations(points, predictors, [law.name for law in fitted])
     errors = {law.name: _leave_one_out(*predictors[law.name]) for law in fitted}
     pool, status, verdict = _verdict(fitted, correlations, errors, n)
