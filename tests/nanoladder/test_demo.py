@@ -12,14 +12,16 @@ import pytest
 from rich.console import Console
 from small_text import texts, write_jsonl
 
+from nanochat_model.horizon import Horizon
 from nanochat_model.record import RunRecord
 from nanoladder.demo import demo_stages, run_demo
 from nanoladder.demo_size import DemoSize
-from nanoladder.demo_stages import record_sweeps
+from nanoladder.demo_stages import TUNING_SWEEPS, DemoStages, record_sweeps
 from nanoladder.outcomes import read_prediction, read_production
 from nanoladder.stages import Facts
 from nanoladder.workspace import Workspace
 
+pytestmark = pytest.mark.timeout(600)  # whichever test comes first makes the demo
 BUDGETS = (1e8, 2e8, 4e8, 8e8)
 SHAPES = ((1, 24), (1, 32), (1, 48))
 TINY = DemoSize(
@@ -32,10 +34,10 @@ TINY = DemoSize(
     noise_cell=(2e8, (1, 32)),
     noise_seeds=(1,),
     weight_decay_cells=(((1, 24), 4e3),),
-    weight_decay_multipliers=(0.5, 1.0),
+    weight_decay_multipliers=(0.5, 1.0, 2.0),
     batch_cells=(((1, 24), 4e3), ((1, 24), 8e3)),
-    batch_multipliers=(1.0,),
-    lr_multipliers=(0.5, 1.0),
+    batch_multipliers=(1.0, 2.0),
+    lr_multipliers=(0.5, 1.0, 2.0),
     promotion_cells=(((1, 24), 2e3), ((1, 32), 2e3)),
     promotion_variants={"half the batch": {"batch_multiplier": 0.5}},
     promotion_seeds=(0,),
@@ -70,7 +72,6 @@ def demo(tmp_path_factory) -> Finished:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_every_stage_leaves_its_artifact(demo: Finished) -> None:
     workspace, facts, text = demo.workspace, demo.facts, demo.text
     assert list(facts) == NAMES
@@ -85,15 +86,18 @@ def test_every_stage_leaves_its_artifact(demo: Finished) -> None:
 
 
 @pytest.mark.slow
-def test_cells_are_trained_at_their_budget_with_their_own_batch(demo: Finished) -> None:
-    workspace = demo.workspace
-    cells = [r for r in workspace.records() if "demo_isoflop" in record_sweeps(r)]
+def test_cells_are_trained_at_their_budget_by_the_tuned_recipe_from_their_own_tokens(demo: Finished) -> None:
+    ladder = DemoStages(demo.size, demo.workspace)
+    recipe = ladder.tuned_recipe(ladder.fit(TUNING_SWEEPS)).recipe
+    cells = [r for r in demo.workspace.records() if "demo_isoflop" in record_sweeps(r)]
     assert len(cells) == len(BUDGETS) * len(SHAPES)
     for record in cells:
-        assert record.train_flops == pytest.approx(float(record.tags["budget"]), rel=0.2)
+        budget = float(record.tags["budget"])
+        assert record.train_flops == pytest.approx(budget, rel=0.2)
         assert record.val_bpb is not None and 0.5 < record.val_bpb < 12
-    batches = {r.config.batch_tokens for r in cells}
-    assert len(batches) > 1, "the batch follows each cell's own tokens"
+        expected = recipe.resolve(record.config.model, Horizon(train_flops=budget), data=record.config.data)
+        assert record.config == expected
+    assert len({r.config.optimizer.weight_decay for r in cells}) > len(SHAPES), "decay follows tokens, not the shape alone"
 
 
 @pytest.mark.slow
