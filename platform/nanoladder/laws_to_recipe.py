@@ -148,9 +148,8 @@ def _use(name: str, law: Mapping[str, Any] | None, rule: PowerRule, accept: Coll
         return RuleUse(quantity=name, kind="law", source=law_text(law), status=status)
     blocking = ""
     if law and status not in (GOOD, "not_fitted") and name not in without:
-        blocking = (
-            f"law {name} has status {status!r}; use it with --accept-law {name}, or the recipe's rule with --without-law {name}"
-        )
+        accepting = f"use it with --accept-law {name}, or" if fitted else "it has no value to use: take"
+        blocking = f"law {name} has status {status!r}; {accepting} the recipe's rule with --without-law {name}"
     return RuleUse(quantity=name, kind="rule", source=rule.source, status=rule.status, blocking=blocking)
 
 

@@ -22,7 +22,7 @@ DEVICES_PER_NODE = 8
 BYTES_PER_TOKEN = 4.8  # of English web text at V = 32768 (nanochat's tokenizer report); measured shards replace it
 SHARD_BYTES = 250e6  # characters in one shard of nanochat's ClimbMix set, about 100 MB compressed
 CURVE_FRACTION_WARNING = 0.5  # embeddings above this share: the loss says little about larger models
-EXTRAPOLATION_WARNING = 10.0
+MAX_SHRINK = 0.05  # of the weights, by decay alone, in one step at the peak rate: 20 steps then forget everything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +244,12 @@ def _warnings(
         lines.append("no loss is predicted: no usable allocation law")
     elif prediction.verdict != "ok":
         lines += [f"prediction: {reason}" for reason in prediction.reasons] or [f"prediction: verdict {prediction.verdict}"]
+    shrink = config.optimizer.matrix_lr * config.optimizer.weight_decay
+    if shrink > MAX_SHRINK:
+        lines.append(
+            f"learning rate × weight decay is {shrink:.2g} a step: weights would be gone in a few steps; this horizon is outside "
+            "the range of the rule, set optimizer.weight_decay"
+        )
     if config.num_steps < 100:
         lines.append(f"{config.num_steps} steps are few: warm-up alone takes {config.schedule.warmup_steps}; take a smaller batch")
     return lines

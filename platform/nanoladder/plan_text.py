@@ -56,11 +56,16 @@ def plan_sections(plan: LaunchPlan) -> list[Section]:
         (
             "Storage",
             [
-                ("checkpoint", f"{plan.checkpoint_bytes / 1e9:.2f} GB"),
-                ("text", f"{plan.data_bytes / 1e9:.2f} GB, {plan.data_shards} shards of 250 MB of text"),
+                ("checkpoint", size_text(plan.checkpoint_bytes)),
+                ("text", f"{size_text(plan.data_bytes)}, {plan.data_shards} shards of 250 MB of text"),
             ],
         ),
     ]
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes as "744.0 MB" or "5.54 GB"."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def _rates(plan: LaunchPlan) -> str:
@@ -102,7 +107,7 @@ def _time_rows(plan: LaunchPlan) -> list[tuple[str, str]]:
 
 
 def _memory_rows(plan: LaunchPlan) -> list[tuple[str, str]]:
-    rows = [(name, f"{value / 1e9:.2f} GB") for name, value in plan.memory.as_dict().items()]
+    rows = [(name, size_text(value)) for name, value in plan.memory.as_dict().items()]
     share = plan.memory.total / plan.memory_bytes
     return [*rows[:-1], ("total", f"{rows[-1][1]} = {share:.0%}")]
 

@@ -6,6 +6,7 @@ Also the arithmetic that exposes the usual mistakes: 2N taken for 6N, the peak o
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +23,7 @@ H100_MFU = ((110_100_912, 0.41), (324_404_172, 0.46), (729_810_624, 0.50))
 AMD_MFU = 0.275  # nanochat d24 on one MI300X with SDPA: 68k tokens/s
 CPU_FLOPS_PER_SECOND = 1e11  # two ordinary server cores in bf16; machines differ by 5 times
 NEAREST_RUNS = 5
+_CPU_NAME = re.compile(r"\(\d+ of \d+ threads\)$")  # how records name a CPU (nanochat_model.device.device_name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +156,7 @@ def _recorded_rate(
 def _same_device(recorded: str, wanted: str, spec: DeviceSpec | None) -> bool:
     if spec is not None:
         return find_device(recorded) == spec
-    return recorded == wanted or (wanted == "cpu" and recorded.lower().startswith("cpu"))
+    return recorded == wanted or (wanted == "cpu" and _CPU_NAME.search(recorded) is not None)
 
 
 def _assumed_mfu(model: GPTConfig, spec: DeviceSpec) -> tuple[float, str]:

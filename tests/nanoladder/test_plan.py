@@ -12,6 +12,7 @@ from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import find_device, require_device
 from nanochat_model.horizon import Horizon
 from nanochat_model.recipe import NANOCHAT
+from nanochat_model.record import RunRecord
 from nanoladder.memory import choose_micro_batch_rows, estimate_memory
 from nanoladder.plan import Target, make_plan
 from nanoladder.plan_backwards import Goal, solve_goal
@@ -148,3 +149,28 @@ def test_backwards_needs_what_it_needs() -> None:
         solve_goal(Goal(budget_dollars=100), target=Target(), allocation=None, tokens_per_param=12, model_args={})
     with pytest.raises(ConfigError, match="2 goals are given"):
         Goal(flops=1e19, budget_hours=3)
+
+
+def recorded_run(device: str, rate: float, depth: int) -> RunRecord:
+    config = NANOCHAT.resolve(GPTConfig.from_depth(depth), Horizon(num_tokens=1e9))
+    flops = float(flops_per_token(config.model)) * config.num_tokens
+    return RunRecord(
+        run_id=f"{depth}{device}", status="complete", config=config, seed=0, params=count_params(config.model).as_dict(),
+        num_tokens=config.num_tokens, flops_per_token=flops_per_token(config.model), train_flops=flops, device=device,
+        train_seconds=flops / rate,
+    )  # fmt: skip
+
+
+def test_recorded_runs_on_the_device_tell_the_speed() -> None:
+    records = [recorded_run("AMD EPYC (1 of 2 threads)", 50e9, 4), recorded_run("NVIDIA H100 80GB HBM3", 400e12, 12)]
+    on_cpu = estimate_throughput(GPTConfig.from_depth(4), "cpu", records=records)
+    assert on_cpu.measured and on_cpu.flops_per_second == pytest.approx(50e9) and on_cpu.mfu is None
+    on_gpu = estimate_throughput(GPTConfig.from_depth(12), "h100", num_devices=8, records=records)
+    assert on_gpu.measured and on_gpu.mfu == pytest.approx(400 / 989)
+    assert not estimate_throughput(GPTConfig.from_depth(12), "mi300x", records=records).measured
+
+
+def test_decay_that_would_erase_the_weights_is_warned_of() -> None:
+    plan = make_plan(GPTConfig.from_depth(4), horizon=Horizon(num_tokens=1e6), target=Target(device="cpu"))
+    assert any("weights would be gone" in w for w in plan.warnings)
+    assert not any("weights would be gone" in w for w in make_plan(GPTConfig.from_depth(12)).warnings)

@@ -26,6 +26,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("runs", "Train", "one pretraining run in this process, without Ray"),
     "sweep": Command("runs", "SweepCommand", "run a sweep file on Ray"),
     "runs": Command("runs", "Runs", "table of run records"),
+    "sync": Command("sync", "Sync", "MLflow and Optuna brought up to the run records"),
     "fit": Command("laws", "Fit", "laws from run records or any table of runs"),
     "report": Command("laws", "Report", "laws and runs as one HTML page"),
     "plan": Command("plan", "Plan", "what a run takes and what loss it should reach; solves backwards too"),
