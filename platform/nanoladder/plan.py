@@ -21,7 +21,7 @@ CPU_MEMORY_BYTES = 8e9  # when the device is not in the table: what a run may us
 DEVICES_PER_NODE = 8
 BYTES_PER_TOKEN = 4.8  # of English web text at V = 32768 (nanochat's tokenizer report); measured shards replace it
 SHARD_BYTES = 250e6  # characters in one shard of nanochat's ClimbMix set, about 100 MB compressed
-CURVE_FRACTION_WARNING = 0.5  # embeddings above this share: the loss says little about larger models
+EMBEDDING_SHARE_WARNING = 0.5  # embeddings above this share: the loss says little about larger models
 MAX_SHRINK = 0.05  # of the weights, by decay alone, in one step at the peak rate: 20 steps then forget everything
 
 
@@ -234,7 +234,7 @@ def _warnings(
     records: Sequence[RunRecord],
 ) -> list[str]:
     lines = []
-    if counts.embedding_share > CURVE_FRACTION_WARNING:
+    if counts.embedding_share > EMBEDDING_SHARE_WARNING:
         lines.append(f"embeddings are {counts.embedding_share:.0%} of the parameters: this loss says little about larger models")
     if not speed.measured:
         lines.append(f"speed is {speed.source}; --tokens-per-second or recorded runs on the device give a better figure")
