@@ -23,6 +23,7 @@ from analysis.allocation.parametric import (
 from analysis.allocation.predict import Predictor, make_predictor
 from analysis.allocation.profile import leave_one_budget_out, profile_exponent
 from analysis.allocation.tools import jsonable
+from analysis.blas import single_blas_thread
 from analysis.errors import DataError
 
 CONVENTIONS = ("matrices_lm_head", "all", "matrices")
@@ -34,6 +35,7 @@ MAX_HELD_OUT_RUNS = 500  # listed in the file; all of them count
 LEVEL = 0.9
 
 
+@single_blas_thread
 def fit_allocation(
     frame: pd.DataFrame,
     *,

@@ -19,6 +19,7 @@ from analysis.allocation.objective import NUM_PARAMETERS, Evaluator, Problem, lo
 from analysis.allocation.parametric import FlopsRule, ParametricFit, make_problem, surface_loss, surface_optimum, uncentre
 from analysis.allocation.starts import parameter_box
 from analysis.allocation.tools import as_columns, jsonable
+from analysis.blas import single_blas_thread
 from analysis.errors import DataError
 
 NUM_PASSES = 2
@@ -121,6 +122,7 @@ def _parallel(problem: Problem, weights: np.ndarray, start: np.ndarray, box: Box
     return np.vstack([r[0] for r in results]), np.concatenate([r[1] for r in results])
 
 
+@single_blas_thread
 def minimize_resamples(
     problem: Problem, weights: np.ndarray, basins: np.ndarray, *, passes: int = NUM_PASSES, threads: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

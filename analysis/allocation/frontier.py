@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from analysis.allocation.tools import as_columns, jsonable
+from analysis.blas import single_blas_thread
 
 # alpha beta / (alpha + beta) is 0.154 (arXiv 2203.15556), 0.178 (arXiv 2404.10102), 0.234 and 0.251 (Marin's two ladders).
 PRIOR_GAMMA, PRIOR_LOG_SD = 0.18, 0.4
@@ -126,6 +127,7 @@ def _polish(x: np.ndarray, loss: np.ndarray, sd: np.ndarray, start: np.ndarray, 
     return np.array([found.x[0], found.x[1], math.exp(found.x[2])])
 
 
+@single_blas_thread
 def fit_frontier(
     C: Any,
     L: Any,

@@ -16,6 +16,7 @@ from scipy import stats
 
 from analysis.allocation.compute_law import ComputeLaw, fit_compute_law
 from analysis.allocation.tools import as_columns, jsonable
+from analysis.blas import single_blas_thread
 from analysis.errors import DataError
 
 MIN_SIZES = 3  # different N in a budget
@@ -203,6 +204,7 @@ def move_to_budget(
     return N * np.sqrt(ratio), D * np.sqrt(ratio), L * shift
 
 
+@single_blas_thread
 def fit_isoflop(
     N: Any, D: Any, L: Any, budget: Any, *, C: Any = None, noise_sd: float | None = None, level: float = 0.9
 ) -> IsoflopFit:

@@ -14,6 +14,7 @@ from analysis.allocation.objective import NUM_PARAMETERS, Evaluator, Problem, lo
 from analysis.allocation.parametric import FlopsRule, ParametricFit, fit_parametric, make_problem, noise_delta
 from analysis.allocation.starts import parameter_box
 from analysis.allocation.tools import as_columns, jsonable
+from analysis.blas import single_blas_thread
 
 GRID = np.linspace(0.02, 0.98, 97)
 
@@ -60,6 +61,7 @@ class _AtFixedSplit:
         return value, reduced, out
 
 
+@single_blas_thread
 def profile_exponent(fit: ParametricFit, N: Any, D: Any, L: Any, *, level: float = 0.9, weights: Any = None) -> Profile | None:
     """Profile over a of the noise-scaled Huber objective; None where n leaves no residual degree of freedom.
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from analysis.allocation.newton import Box, minimize
 from analysis.allocation.objective import NUM_PARAMETERS, Evaluator, Problem
+from analysis.blas import single_blas_thread
 
 EXPONENT_GRID = (0.05, 0.1, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0, 1.6, 3.0, 8.0, 25.0)
 SHARE_GRID = ((0.2, 0.2, 0.6), (0.05, 0.3, 0.65), (0.3, 0.05, 0.65), (0.45, 0.45, 0.1))
@@ -97,6 +98,7 @@ def distinct(theta: np.ndarray, value: np.ndarray, count: int) -> np.ndarray:
     return np.array(chosen)
 
 
+@single_blas_thread
 def search(problem: Problem, weights: np.ndarray, *, thorough: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """The distinct low minima found, best first: theta (K, 5), value (K,). weights: (n,).
 

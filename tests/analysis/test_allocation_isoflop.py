@@ -102,7 +102,7 @@ def test_runs_off_their_budget_are_moved_onto_it():
     moved = fit_isoflop(r.N, D, L, r.budget, C=r.C * drift)
     assert moved.residual_sd < 0.5 * plain.residual_sd
     true = fit_isoflop(r.N, r.D, r.L, r.budget)
-    assert moved.lowest[1].L == pytest.approx(true.lowest[1].L, rel=5e-4)
+    assert pytest.approx(true.lowest[1].L, rel=5e-4) == moved.lowest[1].L
 
 
 def test_units_do_not_matter():

@@ -35,7 +35,7 @@ def test_reaches_the_best_known_optimum(name, clean, n, objective, E, A, B, alph
     assert fit.objective_log <= objective * (1 + 1e-5)
     assert (fit.alpha, fit.beta) == pytest.approx((alpha, beta), abs=1e-3)
     assert pytest.approx(E, abs=2e-3) == fit.E
-    assert (fit.A, fit.B) == pytest.approx((A, B), rel=0.02)
+    assert pytest.approx((A, B), rel=0.02) == (fit.A, fit.B)
 
 
 def test_recovers_a_known_surface_exactly():

@@ -128,7 +128,7 @@ def test_scale_of_the_errors():
 
 
 def test_a_ladder_that_bends_is_not_trusted():
-    """A loss that stops falling at the top budget (a data limit) is what the lower budgets cannot know: z grows, so does the band."""
+    """A loss that stops falling at the top budget (a data limit) is what the lower ones cannot know: the band grows."""
     r = ladder(HOFFMANN, 10.0 ** np.linspace(18, 20.5, 6), sizes=7, span=3, noise=0.002)
     bent = np.where(r.C > 3e19, r.L * (r.C / 3e19) ** 0.03, r.L)
     straight_found, bent_found = calibrate(r), calibrate(make_runs(r.N, r.D, bent, budget=r.budget))
@@ -149,7 +149,7 @@ def test_the_stored_block_predicts_the_same():
         assert (there.verdict, there.reasons) == (here.verdict, here.reasons)
         assert any("embeddings" in reason for reason in there.reasons)
     C = compute_for_loss(block, predictor.at(target_C=3e20).value)
-    assert C == pytest.approx(3e20, rel=1e-9) and compute_for_loss(block, 0.1) is None and compute_for_loss({}, 2.0) is None
+    assert pytest.approx(3e20, rel=1e-9) == C and compute_for_loss(block, 0.1) is None and compute_for_loss({}, 2.0) is None
 
 
 def test_targets_are_checked():
