@@ -30,34 +30,33 @@ class DemoSize:
     curve_points: int = 8  # evaluations of a production run
     # isoFLOP: a budget and its models, whose N spans the optimum; one family (depth 1), so that size is all that differs
     isoflop: tuple[tuple[float, tuple[Shape, ...]], ...] = (
-        (5.0e11, ((1, 24), (1, 32), (1, 40), (1, 48), (1, 64), (1, 80))),
-        (1.08e12, ((1, 32), (1, 40), (1, 48), (1, 64), (1, 80), (1, 96))),
-        (2.32e12, ((1, 32), (1, 48), (1, 64), (1, 80), (1, 96), (1, 112))),
-        (5.0e12, ((1, 48), (1, 64), (1, 80), (1, 96), (1, 112), (1, 144))),
+        (2.2e11, ((1, 24), (1, 32), (1, 40), (1, 48), (1, 64))),
+        (4.8e11, ((1, 24), (1, 32), (1, 48), (1, 64), (1, 80))),
+        (1.02e12, ((1, 32), (1, 48), (1, 64), (1, 80), (1, 96))),
+        (2.2e12, ((1, 40), (1, 48), (1, 64), (1, 80), (1, 112))),
     )
     noise_seeds: tuple[int, ...] = (1, 2)  # further seeds of one middle cell
-    noise_cell: tuple[float, Shape] = (1.08e12, (1, 64))
+    noise_cell: tuple[float, Shape] = (4.8e11, (1, 48))
     # shape, tokens: width and tokens vary apart from each other, so that a law could tell them apart
-    weight_decay_cells: tuple[tuple[Shape, float], ...] = (((1, 32), 0.4e6), ((1, 32), 1.6e6), ((2, 48), 0.4e6), ((3, 48), 0.6e6))
-    weight_decay_multipliers: tuple[float, ...] = (0.125, 0.5, 2.0, 8.0)
-    batch_cells: tuple[tuple[Shape, float], ...] = (((1, 32), 0.3e6), ((1, 32), 0.75e6), ((1, 32), 1.9e6))
-    batch_multipliers: tuple[float, ...] = (0.5, 1.0, 2.0)
+    weight_decay_cells: tuple[tuple[Shape, float], ...] = (((1, 32), 0.25e6), ((1, 32), 0.6e6), ((2, 48), 0.25e6))
+    weight_decay_multipliers: tuple[float, ...] = (0.4, 1.6, 6.4, 25.6)
+    batch_cells: tuple[tuple[Shape, float], ...] = (((1, 32), 0.2e6), ((1, 64), 0.35e6), ((1, 32), 0.7e6))
+    batch_multipliers: tuple[float, ...] = (0.5, 1.5, 4.5)
     lr_multipliers: tuple[float, ...] = (0.5, 1.0, 2.0)
-    promotion_cells: tuple[tuple[Shape, float], ...] = (((1, 32), 0.3e6), ((2, 48), 0.6e6))  # small, large
+    promotion_cells: tuple[tuple[Shape, float], ...] = (((1, 32), 0.2e6), ((2, 48), 0.3e6))  # small, large
     promotion_variants: Mapping[str, Mapping[str, float]] = field(
         default_factory=lambda: {
             "half the batch": {"batch_multiplier": 0.5},
-            "decay to zero": {"schedule.final_lr_fraction": 0.0},
-            "nanochat's scalar rates": {"optimizer.scalar_lr": 0.5, "optimizer.smear_lr": 0.2},
+            "four times the weight decay": {"weight_decay_multiplier": 4.0},
         }
     )
     promotion_seeds: tuple[int, ...] = (0, 1, 2)
-    promotion_eval_steps: int = 150
+    promotion_eval_steps: int = 100
     production_factor: float = 4.0  # of the largest budget
-    production_shapes: tuple[Shape, ...] = ((1, 96), (1, 112), (1, 128), (1, 144), (1, 160), (1, 192))
+    production_shapes: tuple[Shape, ...] = ((1, 64), (1, 80), (1, 96), (1, 112), (1, 128), (1, 144))
     production_checkpoints: int = 4
     sft_conversations: int = 1500
-    sft_epochs: float = 1.0
+    sft_epochs: float = 8.0
     chat_prompt: str = "What is 7 + 5?"
     chat_max_tokens: int = 60
     num_workers: int = 2  # of the production run: processes that share its batch

@@ -126,7 +126,7 @@ def convention_of(allocation: Mapping[str, Any]) -> Convention:
     if name not in CONVENTIONS:
         raise ConfigError(
             f"these laws count parameters {name!r}, which says nothing about a model here; fit a table with one of "
-            f"{', '.join(CONVENTIONS)} (--params-as), or plan --without-law allocation"
+            f"{', '.join(CONVENTIONS)}, or plan --without-law allocation"
         )
     return name
 
