@@ -7,8 +7,8 @@ intervals are stretched is
     t_{0.95}(df) * s,   s^2 = (nu0 + sum of the folds' mean squares) / (nu0 + folds),   df = 1.5 (nu0 + folds):
 
 a scale estimate that leans on 1 with the weight of nu0 = 2 folds. df exceeds the number of folds because a fold's mean square is
-taken over several runs. The constants are the mildest for which both known surfaces (bench/coverage.py) and the held-out budgets
-of public ladders are covered as promised.
+taken over several runs. The constants lie between those that cover noisy known surfaces too often and those that cover held-out
+budgets of public ladders too rarely; bench/coverage.py measures both.
 """
 
 from __future__ import annotations

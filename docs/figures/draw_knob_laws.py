@@ -46,7 +46,8 @@ def knob_figures() -> dict[str, go.Figure]:
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def main() -> None:
+def write_svgs(figures: dict[str, go.Figure]) -> None:
+    """Each figure as an SVG of its name beside this file."""
     binary = find_chromium()
     if binary is None:
         sys.exit("no Chromium on the PATH; install one to draw the pictures")
@@ -54,7 +55,7 @@ def main() -> None:
         blank = Path(folder) / "blank.html"
         go.Figure().write_html(blank, include_plotlyjs=True)
         page.open(blank, ready="window.Plotly")
-        for name, figure in knob_figures().items():
+        for name, figure in figures.items():
             spec = json.loads(figure.to_json())
             spec["layout"] |= {"paper_bgcolor": "#ffffff", "plot_bgcolor": "#ffffff"}
             options = json.dumps({"format": "svg", "width": WIDTH, "height": HEIGHT})
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write_svgs(knob_figures())
