@@ -20,14 +20,12 @@ def law_rows(path: str | Path) -> list[Row]:
 def rows_of(laws: Mapping[str, Any]) -> list[Row]:
     """Allocation's exponents, ratio and frontier, then batch, learning rate and weight decay."""
     allocation = laws.get("allocation") or {}
-    rows = [*_surface_rows(allocation), *_isoflop_rows(allocation), *_frontier_rows(allocation)]
+    rows = [*_surface_rows(allocation), *_isoflop_rows(allocation), *_ratio_rows(allocation), *_frontier_rows(allocation)]
     for name, title in (("batch_size", "batch (tokens)"), ("learning_rate", "matrix learning rate")):
         rows.append(_law_row(title, laws.get(name)))
     decay = laws.get("weight_decay") or {}
-    if decay.get("average") or decay.get("candidates"):
-        best = {**(decay.get("average") or {}), "status": decay.get("status", "–")}
-        rows.append(_law_row("weight decay", best))
-    return rows
+    best = {**(decay.get("average") or {}), "status": decay.get("status", "not fitted")}
+    return [*rows, _law_row("weight decay", best)]
 
 
 def _surface_rows(allocation: Mapping[str, Any]) -> list[Row]:
@@ -56,6 +54,17 @@ def _isoflop_rows(allocation: Mapping[str, Any]) -> list[Row]:
                 )
             )
     return rows
+
+
+def _ratio_rows(allocation: Mapping[str, Any]) -> list[Row]:
+    """Compute-optimal tokens per parameter at the target, by the minima and by the surface (whose interval it is)."""
+    ratio = allocation.get("ratio") or {}
+    if ratio.get("C") is None:
+        return []
+    ways = [(ratio.get("isoflop"), "isoFLOP"), (ratio.get("ratio"), "surface")]
+    text = ", ".join(f"{value:.1f} ({way})" for value, way in ways if value is not None)
+    interval = _interval([ratio["ratio_low"], ratio["ratio_high"]]) if ratio.get("ratio_low") is not None else ""
+    return [(f"D/N at {ratio['C']:.2g} FLOPs", text or "–", interval, ratio.get("status", ""))]
 
 
 def _frontier_rows(allocation: Mapping[str, Any]) -> list[Row]:
