@@ -58,7 +58,14 @@ class Driver:
         env = os.environ | {"TOY_STEP_SECONDS": str(step_seconds), "PYTHONPATH": str(SUPPORT)}
         command = [sys.executable, "toy.py", "--storage", str(self.root), "--num-cpus", "2", "--mlflow", ""]
         return subprocess.Popen(
-            command, cwd=self.folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            command,
+            cwd=self.folder,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=heed_interrupts,
         )
 
     def ended(self) -> set[str]:
@@ -71,6 +78,11 @@ class Driver:
             (n["pid"], n["run_id"]) for n in notes(self.root, "end")
         }
         return [pid for pid in last if any(p == pid for p, _ in open_runs) and is_alive(pid)]
+
+
+def heed_interrupts() -> None:
+    """A shell that starts the tests in the background has SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def is_alive(pid: int) -> bool:
