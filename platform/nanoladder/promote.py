@@ -15,11 +15,11 @@ import numpy as np
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import write_atomic
 from nanochat_model.record import RunRecord
+from nanoladder.facts_file import SCHEMA_VERSION, read_facts
 from nanoladder.sweep import BASELINE, Sweep
 from nanoladder.workspace import Workspace
 
 PROMOTIONS_FILE = "promotions.json"
-SCHEMA_VERSION = 1
 log = logging.getLogger(__name__)
 
 
@@ -171,15 +171,7 @@ def write_promotions(
 def read_promotions(path: Path) -> list[dict[str, Any]]:
     """The verdicts of a ladder (its folder or promotions.json) as plain dicts, for the report."""
     path = path / PROMOTIONS_FILE if path.is_dir() else path
-    try:
-        facts = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no promotions at {path}; run the ladder first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ConfigError(f"{path} is not valid JSON (cut short?); run the ladder's command again to rebuild it") from None
-    if not isinstance(facts, dict) or facts.get("schema_version") != SCHEMA_VERSION:
-        raise ConfigError(f"{path} is of another schema than {SCHEMA_VERSION}; run the ladder's command again to rebuild it")
-    return list(facts["promotions"])
+    return list(read_facts(path, "promotions", "run the ladder's command again")["promotions"])
 
 
 def tag_verdicts(uri: str, artifacts: Path, sweep: Sweep, promotions: Sequence[Promotion]) -> None:

@@ -12,17 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat_model.errors import ConfigError
 from nanochat_model.identity import write_atomic
 from nanochat_model.record import RunRecord
 from nanoladder.cells import Trial
+from nanoladder.facts_file import SCHEMA_VERSION, read_facts
 from nanoladder.listen import Listener
 from nanoladder.pool import CellWork, metric_of
 from nanoladder.sweep import Sweep
 from nanoladder.workspace import Workspace
 
 INDEX_FILE = "index.json"
-SCHEMA_VERSION = 1
 WRITE_SECONDS = 2.0  # between two writes while a sweep runs
 
 
@@ -74,12 +73,4 @@ class IndexWriter(Listener):
 def read_index(path: Path) -> dict[str, Any]:
     """The index of a sweep (its folder or file). ConfigError where it is missing, broken or of another schema."""
     path = path / INDEX_FILE if path.is_dir() else path
-    try:
-        index = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no sweep index at {path}; run the sweep (or its command again)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ConfigError(f"{path} is not valid JSON (cut short?); run the sweep's command again to rebuild it") from None
-    if not isinstance(index, dict) or index.get("schema_version") != SCHEMA_VERSION:
-        raise ConfigError(f"{path} is of another schema than {SCHEMA_VERSION}; run the sweep's command again to rebuild it")
-    return index
+    return read_facts(path, "sweep index", "run the sweep's command again")
