@@ -10,9 +10,9 @@ from nanochat_model.config import DataConfig
 from nanochat_model.counts import count_params
 from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import find_device
+from nanochat_model.memory import choose_micro_batch_rows, estimate_memory
 from nanochat_model.record import RunRecord
 from nanoladder.cells import Trial, planned_trials
-from nanoladder.memory import choose_micro_batch_rows, estimate_memory
 from nanoladder.pool import trial_flops
 from nanoladder.space import format_values
 from nanoladder.sweep import Sweep

@@ -11,10 +11,10 @@ from nanochat_model.counts import ParamCounts, count_params, flops_per_token
 from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import find_device
 from nanochat_model.horizon import Horizon
+from nanochat_model.memory import FP32, MemoryEstimate, choose_micro_batch_rows, estimate_memory
 from nanochat_model.recipe import NANOCHAT, Recipe
 from nanochat_model.record import RunRecord
 from nanoladder.laws_to_recipe import LawRecipe, Laws, RuleUse, convention_of, optimal_horizon, recipe_from_laws
-from nanoladder.memory import FP32, MemoryEstimate, choose_micro_batch_rows, estimate_memory
 from nanoladder.throughput import Throughput, all_reduce_seconds, estimate_throughput
 
 CPU_MEMORY_BYTES = 8e9  # when the device is not in the table: what a run may use is then an assumption

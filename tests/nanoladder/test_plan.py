@@ -11,9 +11,9 @@ from nanochat_model.counts import count_params, count_params_2025, flops_per_tok
 from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import find_device, require_device
 from nanochat_model.horizon import Horizon
+from nanochat_model.memory import choose_micro_batch_rows, estimate_memory
 from nanochat_model.recipe import NANOCHAT
 from nanochat_model.record import RunRecord
-from nanoladder.memory import choose_micro_batch_rows, estimate_memory
 from nanoladder.plan import Target, make_plan
 from nanoladder.plan_backwards import Goal, solve_goal
 from nanoladder.throughput import all_reduce_seconds, estimate_throughput, flops_mistake, mfu_of

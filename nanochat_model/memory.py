@@ -1,7 +1,7 @@
 """What one device must hold while it trains, by component, from arithmetic.
 
 Estimates, checked against one public figure: nanochat's d24 at device batch 32, T = 2048 took 105 GB on an MI300X, with
-embeddings in bf16 and whole logits (tests/nanoladder/test_plan_memory.py). A probe step on the device has the last word.
+embeddings in bf16 and whole logits (tests/nanoladder/test_plan.py). A probe step on the device has the last word.
 """
 
 from __future__ import annotations
