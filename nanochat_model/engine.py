@@ -5,6 +5,7 @@ B rows, T new positions, S cached positions, K kv heads, D head_dim, C model_dim
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from nanochat_model.config import GPTConfig
 from nanochat_model.errors import ConfigError
+from nanochat_model.sampling import Sampling, choose
 
 if TYPE_CHECKING:
     from nanochat_model.gpt import GPT
@@ -34,6 +36,16 @@ class KVCache:
     @property
     def max_tokens(self) -> int:
         return self.keys.shape[2]
+
+    def rows(self, start: int, stop: int, longest: int) -> KVCache:
+        """Rows start..stop-1 as a cache of its own that shares keys and values; `longest`: the greatest of their lengths.
+
+        Its `lengths` and `last` are set anew by a forward pass, so the caller writes them back.
+        """
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, start:stop], self.values[:, start:stop]
+        part.lengths, part.last, part.longest = self.lengths[start:stop], self.last[start:stop], longest
+        return part
 
     def positions(self, num_new: int) -> Tensor:
         """Positions (B, T) of the next `num_new` tokens of each row."""
@@ -61,18 +73,20 @@ def generate(
     max_tokens: int,
     temperature: float = 1.0,
     top_k: int = 0,
+    top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Sequence[int] = (),
 ) -> Iterator[list[int]]:
     """Yield one new token a row and step, at most `max_tokens` times, until every row has produced one of `stop_ids`.
 
     A row that has stopped repeats its stop id. Temperature 0 takes the most likely token; top_k 0 samples from all. The same
-    seed and arguments give the same tokens. Raises ConfigError for an empty prompt, an id outside the vocabulary, or a length
-    over model.max_tokens.
+    seed and arguments give the same tokens; the rows of one call are independent samples. Raises ConfigError for an empty
+    prompt, an id outside the vocabulary, a setting out of range, or a length over model.max_tokens.
     """
-    _check(model, prompts, max_tokens, temperature)
+    check_prompts(model, prompts, max_tokens)
+    settings = [Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)] * len(prompts)
+    draws = [s.draws(row) for row, s in enumerate(settings)]
     device = model.lm_head.weight.device
-    generator = torch.Generator(device=device).manual_seed(seed)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     longest = max(len(p) for p in prompts)
     cache = KVCache(model.config, len(prompts), longest + max_tokens, dtype=model.compute_dtype, device=device)
@@ -84,14 +98,15 @@ def generate(
     for step in range(max_tokens):
         if step:
             logits = model.next_logits(tokens.unsqueeze(1), cache)
-        tokens = torch.where(stopped, tokens, sample(logits, temperature, top_k, generator))
+        tokens = torch.where(stopped, tokens, choose(logits, settings, [d.random() for d in draws]))
         stopped |= torch.isin(tokens, stops)
         yield tokens.tolist()
         if bool(stopped.all()):
             return
 
 
-def _check(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float) -> None:
+def check_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """Raise ConfigError unless each prompt has ids, all of the vocabulary, and `max_tokens` more fit the model's positions."""
     if not prompts or not all(prompts):
         raise ConfigError("a prompt is empty; begin each with the BOS id")
     ids = [i for p in prompts for i in p]
@@ -99,8 +114,6 @@ def _check(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, temper
         raise ConfigError(
             f"prompt ids {min(ids)}..{max(ids)} leave the vocabulary 0..{model.config.vocab_size - 1}; use its tokenizer"
         )
-    if temperature < 0:
-        raise ConfigError(f"temperature {temperature} must be 0 or more")
     longest = max(map(len, prompts))
     if longest + max_tokens > model.max_tokens:
         raise ConfigError(
@@ -108,12 +121,14 @@ def _check(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, temper
         )
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """One id a row (B,) from logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    if 0 < top_k < logits.shape[-1]:
-        values, ids = logits.topk(top_k)
-        choice = torch.multinomial(torch.softmax(values / temperature, -1), 1, generator=generator)
-        return ids.gather(1, choice).squeeze(1)
-    return torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator).squeeze(1)
+def prepare_inference(model: GPT) -> GPT:
+    """Hold every matrix in the compute dtype, in place, and stop training: saves the cast in each step. Returns the model.
+
+    The tables of embeddings stay float32: they are looked up, not multiplied.
+    """
+    from nanochat_model.gpt import Linear  # which imports this module for its types
+
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.weight = torch.nn.Parameter(module.weight.detach().to(model.compute_dtype), requires_grad=False)
+    return model.requires_grad_(False).eval()

@@ -6,10 +6,11 @@ import pytest
 import reference_model as ref
 import torch
 
-from nanochat_model.engine import KVCache, generate, sample
+from nanochat_model.engine import KVCache, generate, prepare_inference
 from nanochat_model.errors import ConfigError
 from nanochat_model.gpt import GPT
 from nanochat_model.interop import config_from_nanochat
+from nanochat_model.sampling import Sampling, choose
 
 torch.set_num_threads(1)
 
@@ -70,16 +71,52 @@ def test_sampling_is_seeded_and_batched(model):
     assert len({tuple(s[r] for s in run(1)) for r in range(3)}) == 3, "rows of one batch are independent samples"
 
 
-def test_sample_follows_the_distribution_and_top_k():
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(20_000, 4)
-    g = torch.Generator().manual_seed(0)
-    for temperature, top_k in ((1.0, 0), (2.0, 0), (0.7, 2)):
-        found = torch.bincount(sample(logits, temperature, top_k, g), minlength=4) / len(logits)
-        scaled = logits[0] / temperature
-        if top_k:
-            scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[-1], -torch.inf)
-        assert (found - torch.softmax(scaled, 0)).abs().max() < 0.012
-    assert (sample(logits, 0.0, 0, g) == 2).all()
+def cut(p, setting):
+    """What a row may choose, token by token: the definition of top-k, then of top-p."""
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    kept = order[: setting.top_k] if setting.top_k else order
+    mass, nucleus = 0.0, []
+    for i in kept:
+        if mass < setting.top_p * sum(p[j] for j in kept):
+            nucleus.append(i)
+        mass += p[i]
+    allowed = torch.tensor([float(p[i]) if i in nucleus else 0.0 for i in range(len(p))])
+    return allowed / allowed.sum()
+
+
+def test_choices_follow_each_rows_own_distribution():
+    """Rows of all settings in one batch, many times each."""
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.5])
+    settings = [
+        Sampling(temperature=1.0), Sampling(temperature=2.0), Sampling(temperature=0.7, top_k=2), Sampling(temperature=0.0),
+        Sampling(temperature=1.0, top_p=0.7), Sampling(temperature=1.3, top_k=3, top_p=0.8), Sampling(temperature=1.0, top_p=1e-6),
+    ]  # fmt: skip
+    n = 4000
+    uniforms = torch.rand(n * len(settings), generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    ids = choose(logits.expand(n * len(settings), -1), settings * n, uniforms).view(n, len(settings))
+    for column, setting in enumerate(settings):
+        found = torch.bincount(ids[:, column], minlength=5) / n
+        if setting.temperature == 0:
+            assert found[2] == 1
+            continue
+        expected = cut(torch.softmax(logits / setting.temperature, 0).tolist(), setting)
+        assert (found[expected == 0] == 0).all()
+        assert (found - expected).abs().max() < 0.03
+
+
+def test_the_ends_of_the_interval_choose_what_is_possible():
+    logits = torch.tensor([[-1e9, 0.0, 0.0, -1e9]])
+    assert choose(logits, [Sampling(top_k=2)], [0.0]).tolist() == [1]
+    assert choose(logits, [Sampling(top_k=2)], [1.0 - 2**-53]).tolist() == [2]
+
+
+def test_a_prepared_model_says_the_same(model):
+    half = GPT(model.config, compute_dtype=torch.bfloat16)
+    half.load_state_dict(model.state_dict())
+    before = list(generate(half.eval(), PROMPTS, max_tokens=3, temperature=0.0))
+    prepare_inference(half)
+    assert half.lm_head.weight.dtype == torch.bfloat16 and half.transformer["wte"].weight.dtype == torch.float32
+    assert list(generate(half, PROMPTS, max_tokens=3, temperature=0.0)) == before
 
 
 def test_bf16_generation_runs(model):
@@ -96,6 +133,8 @@ def test_bf16_generation_runs(model):
         ([[1, 90]], {}, "leave the vocabulary 0..89"),
         ([[1]], {"max_tokens": 1600}, "exceed the model's 1600 positions"),
         ([[1]], {"temperature": -1.0}, "must be 0 or more"),
+        ([[1]], {"top_k": -1}, "must be 0 .all tokens. or more"),
+        ([[1]], {"top_p": 0.0}, "must lie above 0"),
     ],
 )
 def test_bad_requests_are_named(model, prompts, arguments, message):
