@@ -232,6 +232,7 @@ class RuntimeConfig:
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     micro_batch_rows: int = 0  # rows a forward pass on one rank; 0: chosen by the device
+    memory_share: float = 1.0  # of the accelerator's memory that this process may take; the rest is other trials'
     compile: Literal["auto", "on", "off"] = "auto"
     attention: str = "auto"  # a backend's name, or auto
     num_threads: int = 0  # CPU threads; 0: as torch finds it

@@ -19,6 +19,7 @@ from nanochat_model.native import native_status
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 CPU_MICRO_BATCH_TOKENS = 4096  # best on CPUs: activations of a micro-batch stay near the caches
+CONTEXT_BYTES = 6e8  # what a process holds of a GPU before its first tensor: an assumption, 0.4–0.6 GB are reported
 COMPILE_FLOPS = 2e13  # a run on a CPU shorter than this spends more time compiling than it would gain
 
 
@@ -114,6 +115,27 @@ def model_flops_utilization(flops: float, tokens_per_second: float, peak: float 
             f"MFU {share:.0%} of a peak of {peak / 1e12:.1f} TFLOP/s × {num_devices} is impossible; the peak is not this device's"
         )
     return share
+
+
+def memory_bytes(device: torch.device) -> float | None:
+    """The accelerator's memory; None for a CPU, whose memory is everybody's."""
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+
+
+def limit_memory(device: torch.device, share: float) -> None:
+    """Let this process take no more than `share` of an accelerator that several trials use: past it torch says out of memory
+    here, instead of in whichever trial comes next. Its peak is counted from now on. Raises ConfigError outside 0..1."""
+    if not 0 < share <= 1:
+        raise ConfigError(f"runtime.memory_share {share} must lie above 0 and at most 1")
+    if device.type == "cuda":
+        context = CONTEXT_BYTES / torch.cuda.get_device_properties(device).total_memory if share < 1 else 0.0
+        torch.cuda.set_per_process_memory_fraction(max(share - context, 0.01), device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Bytes that torch has held at most since `limit_memory`; None for a CPU."""
+    return float(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else None
 
 
 def default_micro_batch_rows(model: GPTConfig, device: torch.device) -> int:

@@ -78,6 +78,17 @@ def estimate_memory(
     )
 
 
+def rows_that_fit(
+    model: GPTConfig, *, memory_bytes: float, at_most: int, compute_dtype: ComputeDtype = "bfloat16", num_devices: int = 1
+) -> int:
+    """The most rows up to `at_most` whose estimate fits the usable share of `memory_bytes`; 0 where not even one does."""
+    usable = memory_bytes * USABLE_SHARE
+    for rows in range(at_most, 0, -1):
+        if estimate_memory(model, micro_batch_rows=rows, compute_dtype=compute_dtype, num_devices=num_devices).total <= usable:
+            return rows
+    return 0
+
+
 def choose_micro_batch_rows(
     model: GPTConfig,
     *,

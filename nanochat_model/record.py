@@ -59,6 +59,9 @@ class RunRecord:
     tokens_per_second: float | None = None
     train_seconds: float = 0.0
     total_seconds: float = 0.0
+    micro_batch_rows: int = 0  # rows of one forward pass on one device; 0: not known
+    peak_memory_bytes: float | None = None  # of one accelerator, as torch's allocator counts it
+    out_of_memory: tuple[str, ...] = ()  # one line for each time that memory ran out and the micro-batch was halved
     git_commit: str = ""
     parents: dict[str, str] = field(default_factory=dict)  # name of the artifact -> content hash
     started_at: str = ""  # ISO 8601, UTC

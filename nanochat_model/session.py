@@ -18,6 +18,7 @@ from nanochat_model.errors import ConfigError
 from nanochat_model.gpt import GPT, compile_training
 from nanochat_model.loader import Loader
 from nanochat_model.loop import Batch, LossScale, Stepper, even_micro_batch, split_rows
+from nanochat_model.memory import rows_that_fit
 from nanochat_model.optim import build_optimizer
 from nanochat_model.shard_set import ShardSet
 from nanochat_model.tokenizer import Tokenizer
@@ -98,6 +99,7 @@ def build_stepper(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks) -> 
     if config.fp8 != "off" and device.type != "cuda":
         raise ConfigError(f"fp8 {config.fp8!r} needs a GPU with fp8 units, the device is {device}; set fp8=off")
     devices.tune_process(runtime.num_threads)
+    devices.limit_memory(device, runtime.memory_share)
     model = GPT(config.model, compute_dtype=DTYPES[config.compute_dtype], attention=runtime.attention, fp8=config.fp8)
     model = model.init_weights(config.seed).to(device)
     if devices.use_compile(runtime.compile, device, config):
@@ -108,7 +110,7 @@ def build_stepper(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks) -> 
         optimizer,
         ranks=ranks,
         device=device,
-        micro_batch_rows=choose_micro_batch_rows(config.model, runtime, split_rows(rows, ranks), device),
+        micro_batch_rows=choose_micro_batch_rows(config, runtime, ranks, device),
         loss_scale=LossScale.for_dtype(config.compute_dtype),
     )
     return model, optimizer, stepper, device
@@ -134,11 +136,20 @@ def open_shards(data: DataConfig, model: GPTConfig) -> ShardSet:
     return shards
 
 
-def choose_micro_batch_rows(model: GPTConfig, runtime: RuntimeConfig, rows: int, device: torch.device) -> int:
-    """Rows of a forward pass on this rank: as asked, or what suits the device, in parts as equal as can be."""
+def choose_micro_batch_rows(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks, device: torch.device) -> int:
+    """Rows of a forward pass on this rank: as asked, or what suits the device and, by arithmetic, fits into it; in parts as
+    equal as can be. Whether it does fit, the first step shows (see out_of_memory)."""
     if runtime.micro_batch_rows < 0:
         raise ConfigError(f"runtime.micro_batch_rows {runtime.micro_batch_rows} must be 0 (chosen by the device) or more")
-    return even_micro_batch(rows, runtime.micro_batch_rows or devices.default_micro_batch_rows(model, device))
+    at_most = runtime.micro_batch_rows or devices.default_micro_batch_rows(config.model, device)
+    memory = devices.memory_bytes(device)
+    if not runtime.micro_batch_rows and memory is not None:
+        room = memory * runtime.memory_share
+        fitting = rows_that_fit(
+            config.model, memory_bytes=room, at_most=at_most, compute_dtype=config.compute_dtype, num_devices=ranks.world_size
+        )
+        at_most = max(1, fitting)  # an estimate refuses nothing: the device has the last word
+    return even_micro_batch(split_rows(config.rows_per_batch, ranks), at_most)
 
 
 class Prefetcher:

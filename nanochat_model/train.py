@@ -29,10 +29,11 @@ from nanochat_model.checkpoint import (
 from nanochat_model.config import RuntimeConfig, TrainConfig
 from nanochat_model.core_bundle import locate
 from nanochat_model.counts import count_params
-from nanochat_model.distributed import barrier, current_ranks, on_main
+from nanochat_model.distributed import Ranks, barrier, current_ranks, on_main
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import run_id, write_atomic
 from nanochat_model.loop import Clock
+from nanochat_model.out_of_memory import halve, is_out_of_memory, limited, read_limit, release_memory
 from nanochat_model.progress import Progress
 from nanochat_model.record import RECORD_FILE, RunRecord, Status
 from nanochat_model.resume import HorizonChange, Start, check_same_run, own_start, parent_hashes, trunk_start
@@ -77,6 +78,7 @@ def pretrain(
     A complete record that is there already is returned as it is. With `resume`, training goes on from the newest intact
     checkpoint; without, earlier checkpoints are set aside. `start_from`: the trunk checkpoint named by `config.trunk`.
     Several ranks: every rank calls this inside one process group, with the same arguments and a shared `run_dir`.
+    Out of memory halves the micro-batch and tries once more (several ranks: whoever starts them again does; see out_of_memory).
 
     Values that stay non-finite give a record with status "failed". Raises ConfigError for input that a user can mend (no
     record is written then); any other exception is written into a failed record and raised on.
@@ -90,7 +92,30 @@ def pretrain(
         return existing
     if runtime.core_bundle:
         on_main(lambda: locate(runtime.core_bundle))  # a wrong path is told now, not hours from now
-    session = build_session(config, runtime, ranks)
+    record, error = _attempt(config, runtime, ranks, run_dir, start, callbacks, labels, started)
+    if error is not None and ranks.world_size == 1 and _may_go_on(run_dir, record):
+        error = None  # it holds on to the tensors of the attempt
+        release_memory()
+        start = own_start(config, run_dir, horizon_change) or start
+        record, error = _attempt(config, runtime, ranks, run_dir, start, callbacks, labels, started)
+    if error is not None:
+        raise error
+    return record
+
+
+def _attempt(
+    config: TrainConfig,
+    runtime: RuntimeConfig,
+    ranks: Ranks,
+    run_dir: Path,
+    start: Start | None,
+    callbacks: Sequence[Callback],
+    labels: Labels,
+    started: float,
+) -> tuple[RunRecord, Exception | None]:
+    """Train from `start` to the end; the record, which is saved, and what ended the run before its time."""
+    limit = read_limit(run_dir)
+    session = build_session(config, limited(runtime, limit), ranks)
     progress = restore_progress(session, start)
     parents = parent_hashes(session.parents, start)
     calls = Callbacks(callbacks)
@@ -100,14 +125,23 @@ def pretrain(
         labels.tags["horizon_changes"] = "; ".join(start.horizon_changes)
     runner = Runner(session, progress, calls, run_dir=run_dir, parents=parents, extra=extra)
     status, reason, error = run_to_end(runner)
+    if error is not None and is_out_of_memory(error):  # on whichever rank it happened
+        limit = halve(run_dir, session.stepper.micro_batch_rows, progress.step) or limit
     record = _make_record(session, progress, labels, status, reason, parents, started)
+    if limit is not None:
+        record = replace(record, out_of_memory=limit.history)
     if ranks.is_main:
         record.save(run_dir)
-    if error is not None:
-        raise error
-    barrier()
-    calls.call("on_end", record)
-    return record
+    if error is None:
+        barrier()
+        calls.call("on_end", record)
+    return record, error
+
+
+def _may_go_on(run_dir: Path, record: RunRecord) -> bool:
+    """Whether this attempt ran out of memory and a smaller micro-batch is left to try."""
+    limit = read_limit(run_dir)
+    return limit is not None and limit.rows < record.micro_batch_rows
 
 
 def run_to_end(runner: Runner) -> tuple[Status, str | None, Exception | None]:
@@ -243,6 +277,8 @@ def _make_record(
         tokens_per_second=rate,
         train_seconds=progress.clock.seconds,
         total_seconds=time.time() - started,
+        micro_batch_rows=session.stepper.micro_batch_rows,
+        peak_memory_bytes=devices.peak_memory(session.device),
         git_commit=git_commit(),
         parents=parents,
         started_at=iso_time(started),
