@@ -6,9 +6,6 @@ import csv
 import json
 import os
 import random
-import shutil
-import urllib.error
-import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any, Literal, cast
 
 from nanochat_model.distributed import on_main
 from nanochat_model.errors import ConfigError
+from nanochat_model.transfer import fetch_one
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # nanochat's copy of DCLM's files
 SHUFFLE_SEED = 1337  # order of the examples, so that a limit takes the same ones everywhere (nanochat base_eval.py)
@@ -85,19 +83,7 @@ def _unpack(archive: Path) -> Path:
 def _download(url: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanoladder"
     target = cache / url.rsplit("/", 1)[-1]
-    if target.is_file():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".part-{os.getpid()}")
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, partial.open("wb") as f:
-            shutil.copyfileobj(response, f)
-        partial.rename(target)
-    except (urllib.error.URLError, OSError) as e:
-        raise ConfigError(f"CORE bundle {url} could not be downloaded ({e}); fetch it elsewhere and give its path") from None
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    return fetch_one(url, target)
 
 
 def _baselines(path: Path) -> dict[str, float]:

@@ -10,7 +10,8 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,12 @@ def build_shards(
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
     window_tokens: int = WINDOW_TOKENS,
+    executor: Executor | None = None,
 ) -> ShardSet:
     """Tokenize a corpus into `out_dir`, or find it there. The result does not depend on `num_workers`, the processes that share
     the work; with more than one, a script that calls this needs the usual `if __name__ == "__main__":`.
+
+    `executor` runs the work elsewhere (on a cluster that sees the same folders), `num_workers` row groups at a time.
 
     Raises ConfigError when `out_dir` holds shards of another corpus or tokenizer, or something else.
     """
@@ -79,7 +83,7 @@ def build_shards(
         return ShardSet.open(out_dir)
 
     def build(work: Path) -> None:
-        _Build(corpus, tokenizer, work, wanted, progress).run(num_workers)
+        _Build(corpus, tokenizer, work, wanted, progress).run(num_workers, executor)
 
     return build_folder(out_dir, content_hash(wanted), existing=existing, build=build, keep_unfinished=True)
 
@@ -92,11 +96,11 @@ class _Build:
         self.corpus, self.tokenizer, self.work, self.wanted, self.progress = corpus, tokenizer, work, wanted, progress
         self.done_bytes = 0
 
-    def run(self, num_workers: int) -> None:
+    def run(self, num_workers: int, executor: Executor | None = None) -> None:
         (self.work / MANIFEST_FILE).unlink(missing_ok=True)  # of a build that ended between writing it and the renaming
         self.tokenizer.save(self.work)
         splits = {}
-        with _Pool(self.tokenizer, self.work, num_workers) as pool:
+        with _Pool(self.tokenizer, self.work, num_workers, executor) as pool:
             for split in SPLITS:
                 files = self._split(split, pool)
                 totals = {k: sum(f[k] for f in files) for k in ("num_docs", "num_tokens", "num_bytes")}
@@ -168,12 +172,11 @@ class _Build:
 class _Pool:
     """Tokenizes row groups in order, in this process or in several others, a few ahead of the reader."""
 
-    def __init__(self, tokenizer: Tokenizer, tokenizer_dir: Path, num_workers: int) -> None:
-        self._tokenizer, self._num_workers = tokenizer, num_workers
-        self._executor: ProcessPoolExecutor | None = None
-        if num_workers > 1:  # spawn: a fork of a process with threads (tokenizers, torch, ray) can hang
-            context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(num_workers, context, _start_worker, (tokenizer_dir,))
+    def __init__(self, tokenizer: Tokenizer, tokenizer_dir: Path, num_workers: int, executor: Executor | None) -> None:
+        self._tokenizer, self._num_workers, self._folder = tokenizer, num_workers, str(tokenizer_dir.absolute())
+        self._executor, self._owned = executor, False
+        if executor is None and num_workers > 1:  # spawn: a fork of a process with threads (tokenizers, torch, ray) can hang
+            self._executor, self._owned = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")), True
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Tokenized]:
         if self._executor is None:
@@ -182,7 +185,7 @@ class _Pool:
         remaining, pending = iter(tasks), deque[Future[Tokenized]]()
         while True:
             for task in itertools.islice(remaining, 2 * self._num_workers - len(pending)):
-                pending.append(self._executor.submit(_tokenize_in_worker, task))
+                pending.append(self._executor.submit(_tokenize_in_worker, self._folder, self._tokenizer.hash, task))
             if not pending:
                 return
             yield pending.popleft().result()
@@ -191,22 +194,19 @@ class _Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._executor is not None:
+        if self._executor is not None and self._owned:
             self._executor.shutdown(cancel_futures=True)
 
 
-_worker_tokenizer: Tokenizer | None = None  # of a worker process
-
-
-def _start_worker(tokenizer_dir: Path) -> None:
-    global _worker_tokenizer
+@lru_cache(maxsize=1)
+def _worker_tokenizer(folder: str, tokenizer_hash: str) -> Tokenizer:
+    """Of a worker process, which may serve several builds one after another: hence the hash in the key."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
-    _worker_tokenizer = Tokenizer.load(tokenizer_dir)
+    return Tokenizer.load(folder)
 
 
-def _tokenize_in_worker(task: Task) -> Tokenized:
-    assert _worker_tokenizer is not None
-    return _tokenize(_worker_tokenizer, task)
+def _tokenize_in_worker(folder: str, tokenizer_hash: str, task: Task) -> Tokenized:
+    return _tokenize(_worker_tokenizer(folder, tokenizer_hash), task)
 
 
 def _tokenize(tokenizer: Tokenizer, task: Task) -> Tokenized:

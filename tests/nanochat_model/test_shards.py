@@ -10,6 +10,7 @@ import pickle
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,15 @@ def test_workers_do_not_change_the_result(tmp_path: Path) -> None:
     assert two.manifest == one.manifest and documents(two, "train") == documents(one, "train")
     total = open_corpus(tmp_path / "corpus").num_bytes
     assert seen[-1] == (total, total) and seen == sorted(seen)
+
+
+def test_work_may_be_done_by_an_executor_from_elsewhere(tmp_path: Path) -> None:
+    """As a Ray cluster's: tasks end in any order, the result is the same, and the executor stays usable."""
+    one = small_shards(tmp_path, shard_bytes=15_000)
+    with ThreadPoolExecutor(3) as executor:
+        options = {"num_workers": 3, "shard_bytes": 15_000, "executor": executor}
+        assert build_shards(tmp_path / "corpus", one.tokenizer, tmp_path / "two", **options).manifest == one.manifest
+        assert executor.submit(int, "7").result() == 7
 
 
 def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

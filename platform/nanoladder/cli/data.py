@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from nanochat_model.errors import ConfigError
-from nanoladder.cli.common import Json, Storage, human, print_json, print_table
+from nanoladder.cli.common import Json, Storage, duration, human, print_json, print_table
 from nanoladder.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -33,8 +33,10 @@ class Data:
     """Size of the tokenizer's vocabulary, its special tokens included."""
     val_fraction: float = 0.05
     """Share of documents, chosen by hash, that is kept for validation."""
-    num_workers: int = max(1, (os.cpu_count() or 2) - 1)
+    num_workers: int = os.cpu_count() or 1
     """Processes that tokenize."""
+    address: str = ""
+    """Of a Ray cluster that sees the storage root: its CPUs tokenize instead of this machine's."""
     json: Json = False
 
     def run(self) -> None:
@@ -52,8 +54,8 @@ class Data:
             tokenizer = Tokenizer.train(training_texts(corpus), self.vocab_size)
             tokenizer.save(root.tokenizer_dir)
         started = time.perf_counter()
-        with byte_bar("shards", quiet=self.json) as progress:
-            shards = build_shards(root.corpus_dir, tokenizer, root.shards_dir, num_workers=self.num_workers, progress=progress)
+        with byte_bar("shards", quiet=self.json) as progress, tokenizing(root, self.address, self.num_workers) as workers:
+            shards = build_shards(root.corpus_dir, tokenizer, root.shards_dir, progress=progress, **workers)
         facts = {
             "storage": str(root.root),
             "source": corpus.source,
@@ -130,14 +132,52 @@ def existing_tokenizer(root: Workspace, vocab_size: int) -> Tokenizer | None:
 
 
 @contextmanager
+def tokenizing(root: Workspace, address: str, num_workers: int) -> Iterator[dict[str, Any]]:
+    """Who tokenizes, as options of `build_shards`: a Ray cluster's CPUs where an address is given, else processes here."""
+    if not address:
+        yield {"num_workers": num_workers}
+        return
+    from nanoladder.ray_executor import RayExecutor
+    from nanoladder.ray_init import ensure_ray, shutdown_ray
+
+    ensure_ray(root, address=address)
+    try:
+        executor = RayExecutor()
+        yield {"num_workers": executor.num_cpus, "executor": executor}
+    finally:
+        shutdown_ray()
+
+
+@contextmanager
 def byte_bar(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar over bytes of text, as (done, total)."""
+    """Progress over bytes of text, as (done, total): a bar with rate and time left, or a line every 15 s in a log."""
     if quiet:
         yield None
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn(f"{title:<8}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
-    with Progress(*columns) as bar:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        yield byte_lines(title)
+        return
+    columns = (TextColumn(f"{title:<8}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(title)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def byte_lines(title: str) -> Callable[[int, int], None]:
+    from nanoladder.cli.download import LOG_EVERY_SECONDS, Rate
+
+    rate, last = Rate(), [time.monotonic()]
+
+    def show(done: int, total: int) -> None:
+        rate.add(done)
+        if time.monotonic() - last[0] >= LOG_EVERY_SECONDS:
+            last[0] = time.monotonic()
+            speed = rate.per_second
+            tail = f", {human(speed)}B/s, {duration((total - done) / speed)} left" if speed else ""
+            print(f"{title}: {human(done)}B of {human(total)}B{tail}", flush=True)
+
+    return show

@@ -1,0 +1,233 @@
+"""Downloads from a hub that cuts, corrupts and rate-limits: what arrives is right, and nothing arrives twice in vain."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from faulty_hub import DATASET, FaultyHub, write_dataset
+
+from nanochat_model.errors import ConfigError
+from nanochat_model.transfer import Patience, fetch_one
+from nanoladder.download import dataset_folder, download, find_source, stored_revision, text_bytes
+from nanoladder.shards_needed import bytes_for_depth, bytes_for_plan, fetch_needed, files_needed
+
+QUICK = Patience(max_failures=3, backoff_seconds=0.01, timeout_seconds=5)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[FaultyHub]:
+    write_dataset(tmp_path / "hub")
+    with FaultyHub(tmp_path / "hub") as server:
+        yield server
+
+
+def originals(hub: FaultyHub) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((hub.root / DATASET).glob("*.parquet"))}
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.parquet"))}
+
+
+def test_the_list_has_every_page_with_sizes_and_checksums(hub: FaultyHub) -> None:
+    source = find_source(DATASET, endpoint=hub.endpoint)
+    assert [f.name for f in source.files] == list(originals(hub)), "only parquet, in order, over three pages"
+    for file, data in zip(source.files, originals(hub).values(), strict=True):
+        assert file.size == len(data) and file.sha256 == hashlib.sha256(data).hexdigest()
+    assert source.revision == hub.commit(DATASET) and source.revision in source.files[0].url
+
+
+def test_parallel_download_is_verified_and_a_second_call_fetches_nothing(hub: FaultyHub, tmp_path: Path) -> None:
+    seen = []
+    source = find_source(DATASET, endpoint=hub.endpoint)
+    done = download(source, tmp_path / "out", num_files=4, patience=QUICK, progress=seen.append)
+    assert stored(tmp_path / "out") == dict(list(originals(hub).items())[:4])
+    assert {f["verified"] for f in done.files} == {"sha256"} and done.fetched_bytes == done.num_bytes
+    assert seen[-1].done_bytes == seen[-1].total_bytes == done.num_bytes and seen[-1].done_files == 4
+    sent = sum(hub.sent.values())
+    again = download(source, tmp_path / "out", num_files=5, patience=QUICK)
+    assert sum(hub.sent.values()) - sent == source.files[4].size, "only the fifth"
+    assert again.files[:4] == done.files and again.hash != done.hash
+    assert stored_revision(tmp_path / "out") == source.revision
+    (tmp_path / "out" / source.files[2].name).write_bytes(b"spoiled on disk")
+    assert download(source, tmp_path / "out", patience=QUICK).hash == again.hash
+    assert stored(tmp_path / "out") == originals(hub)
+    path = tmp_path / "out" / source.files[1].name  # same size and time, other bytes: only reading shows it
+    stat, data = path.stat(), path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert download(source, tmp_path / "out", patience=QUICK).fetched_bytes == 0
+    assert download(source, tmp_path / "out", patience=QUICK, check=True).fetched_bytes == len(data)
+    assert stored(tmp_path / "out") == originals(hub)
+
+
+def test_cut_connections_go_on_where_they_broke(hub: FaultyHub, tmp_path: Path) -> None:
+    source = find_source(DATASET, endpoint=hub.endpoint)
+    name = Path(source.files[0].name).stem
+    hub.cut_after[name] = [10_000, 5_000, 0, 7_000]
+    done = download(source, tmp_path / "out", patience=QUICK)
+    assert stored(tmp_path / "out") == originals(hub)
+    assert hub.ranges[name] == [0, 10_000, 15_000, 15_000, 22_000], "each byte once"
+    assert hub.sent[name] == source.files[0].size and done.refetched >= 4
+    assert not list((tmp_path / "out").glob("*.part*"))
+
+
+def test_a_line_that_brings_nothing_is_given_up_and_the_rest_is_kept(hub: FaultyHub, tmp_path: Path) -> None:
+    source = find_source(DATASET, endpoint=hub.endpoint)
+    hub.cut_after["shard_00001"] = [3000, *[0] * 20]
+    with pytest.raises(ConfigError, match=r"1 of 5 files could not be had: shard_00001.parquet: .*3 attempts.*4 are verified"):
+        download(source, tmp_path / "out", patience=QUICK)
+    assert len(stored(tmp_path / "out")) == 4
+    assert (tmp_path / "out" / "shard_00001.parquet.part").stat().st_size == 3000
+    hub.cut_after.clear()
+    download(source, tmp_path / "out", patience=QUICK)
+    assert hub.ranges["shard_00001"][-1] == 3000 and stored(tmp_path / "out") == originals(hub)
+
+
+def test_corrupt_content_is_fetched_once_more_and_then_named(hub: FaultyHub, tmp_path: Path) -> None:
+    source = find_source(DATASET, endpoint=hub.endpoint)
+    hub.corrupt["shard_00000"] = 1
+    hub.corrupt["shard_00003"] = 2
+    with pytest.raises(ConfigError, match=r"shard_00003.parquet: SHA-256 is .*announced was .*twice; the copy on the server"):
+        download(source, tmp_path / "out", patience=QUICK)
+    assert hub.ranges["shard_00000"] == [0, 0] and hub.ranges["shard_00003"] == [0, 0]
+    expected = originals(hub)
+    del expected["shard_00003.parquet"]
+    assert stored(tmp_path / "out") == expected, "nothing wrong is left, and the rest is there"
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_a_busy_server_is_left_alone_as_long_as_it_asks(hub: FaultyHub, tmp_path: Path) -> None:
+    source = find_source(DATASET, endpoint=hub.endpoint)
+    hub.busy["shard_00002"], hub.retry_after = 2, "0.3"
+    started = time.monotonic()
+    done = download(source, tmp_path / "out", patience=QUICK)
+    assert time.monotonic() - started > 0.55 and done.refetched == 2
+    assert stored(tmp_path / "out") == originals(hub)
+    hub.busy["text"] = 1  # the API itself
+    hub.retry_after = "0.01"
+    assert find_source(DATASET, endpoint=hub.endpoint).files == source.files
+    hub.busy["shard_00001"], hub.retry_after = 1, "4000"
+    with pytest.raises(ConfigError, match="asks to come back in 4000 s"):
+        download(source, tmp_path / "other", patience=QUICK)
+
+
+def test_a_server_without_ranges_still_gives_the_whole_file(hub: FaultyHub, tmp_path: Path) -> None:
+    source = find_source(DATASET, endpoint=hub.endpoint)
+    hub.ignore_ranges, hub.cut_after["shard_00000"] = True, [4000]
+    seen = []
+    done = download(source, tmp_path / "out", num_files=1, patience=QUICK, progress=seen.append)
+    assert list(stored(tmp_path / "out").values()) == list(originals(hub).values())[:1]
+    assert seen[-1].done_bytes == done.num_bytes, "bytes received twice are not counted twice"
+
+
+def test_a_part_of_another_version_is_not_continued(hub: FaultyHub, tmp_path: Path) -> None:
+    source = find_source(DATASET, endpoint=hub.endpoint)
+    hub.cut_after["shard_00000"] = [3000, *[0] * 5]
+    with pytest.raises(ConfigError):
+        download(source, tmp_path / "out", num_files=1, patience=QUICK)
+    pq.write_table(pa.table({"text": ["entirely", "other"] * 400}), hub.root / DATASET / "shard_00000.parquet")
+    hub.cut_after.clear()
+    new = find_source(DATASET, endpoint=hub.endpoint)
+    assert new.revision != source.revision
+    download(new, tmp_path / "out", num_files=1, patience=QUICK)
+    assert hub.ranges["shard_00000"][-1] == 0
+    assert list(stored(tmp_path / "out").values()) == list(originals(hub).values())[:1]
+
+
+def test_plain_addresses_with_a_checksum(hub: FaultyHub, tmp_path: Path) -> None:
+    url = f"{hub.endpoint}/datasets/{DATASET}/resolve/main/shard_00000.parquet"
+    data = originals(hub)["shard_00000.parquet"]
+    right = f"{url}#sha256={hashlib.sha256(data).hexdigest()}"
+    source = find_source(right)
+    assert source.files[0].size == len(data)
+    hub.cut_after["shard_00000"] = [2000]
+    folder = dataset_folder(tmp_path, right)
+    assert download(source, folder, patience=QUICK).files[0]["verified"] == "sha256"
+    assert stored(folder) == {"shard_00000.parquet": data}
+    with pytest.raises(ConfigError, match="twice"):
+        fetch_one(f"{url}#sha256={'0' * 64}", tmp_path / "one.parquet", patience=QUICK)
+    assert fetch_one(right, tmp_path / "one.parquet", patience=QUICK).read_bytes() == data
+    with pytest.raises(ConfigError, match=r"two addresses end in 'shard_00000.parquet'"):
+        find_source(f"{url} {right}")
+
+
+def test_what_no_patience_mends_is_one_clear_line(hub: FaultyHub, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="HTTP 404; there is no such file"):
+        find_source("local/nothing", endpoint=hub.endpoint)
+    with pytest.raises(ConfigError, match="none of climbmix, fineweb-edu, no owner/name"):
+        find_source("pile")
+    (hub.root / "local" / "empty").mkdir()
+    (hub.root / "local" / "empty" / "a.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"holds no \.parquet file"):
+        find_source("local/empty", endpoint=hub.endpoint)
+    (hub.root / "local" / "columns").mkdir()
+    pq.write_table(pa.table({"content": ["a"]}), hub.root / "local" / "columns" / "a.parquet")
+    with pytest.raises(ConfigError, match=r"no column 'text', only 'content'"):
+        download(find_source("local/columns", endpoint=hub.endpoint), tmp_path / "columns", patience=QUICK)
+    source = find_source(DATASET, endpoint=hub.endpoint)
+    download(source, tmp_path / "out", num_files=1, patience=QUICK)
+    with pytest.raises(ConfigError, match="choose another folder"):
+        download(find_source("local/columns", endpoint=hub.endpoint), tmp_path / "out", patience=QUICK)
+
+
+def test_a_token_goes_to_the_hub_and_not_to_plain_addresses(hub: FaultyHub, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    download(find_source(DATASET, endpoint=hub.endpoint), tmp_path / "a", num_files=1, patience=QUICK)
+    assert hub.tokens == {"Bearer hf_secret"}
+    hub.tokens.clear()
+    url = f"{hub.endpoint}/datasets/{DATASET}/resolve/main/shard_00000.parquet"
+    download(find_source(url), tmp_path / "b", patience=QUICK)
+    assert hub.tokens == {""}
+
+
+def test_a_killed_command_goes_on(hub: FaultyHub, tmp_path: Path) -> None:
+    """kill -9 half way, through the command line; the second start asks for the rest only."""
+    names = [Path(n).stem for n in originals(hub)]
+    for name in names[2:]:
+        hub.cut_after[name] = [4096, *[0] * 500]
+    command = [sys.executable, "-c", "from nanoladder.cli import main; main()", "data", "download", "--dataset", DATASET]
+    command += ["--shards", "0", "--storage", str(tmp_path / "root"), "--endpoint", hub.endpoint]
+    victim = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "root" / "download" / "local--text"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (len(stored(folder)) == 2 and all(len(hub.ranges.get(n, [])) > 1 for n in names[2:])):
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert len(stored(folder)) == 2
+    hub.cut_after.clear()
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert stored(folder) == originals(hub) and len(facts["files"]) == 5
+    assert {hub.ranges[n][-1] for n in names[2:]} == {4096} and hub.ranges[names[0]] == [0]
+
+
+def test_shards_that_a_plan_needs(hub: FaultyHub, tmp_path: Path) -> None:
+    source = find_source(DATASET, endpoint=hub.endpoint)
+    first = hub.root / DATASET / "shard_00000.parquet"
+    size = sum(len(t.encode()) for t in pq.read_table(first)["text"].to_pylist())
+    assert text_bytes(first) == size
+    assert files_needed(2.5 * size, size, val_fraction=0.05) == 3
+    done, note = fetch_needed(source, tmp_path / "out", 2.5 * size, patience=QUICK)
+    assert len(done.files) == 3 and "3 files" in note
+    done, note = fetch_needed(source, tmp_path / "out", 50 * size, patience=QUICK)
+    assert len(done.files) == 5 and "has only 5" in note
+    (tmp_path / "plan.json").write_text(json.dumps({"data_bytes": 1e6}))
+    assert bytes_for_plan(tmp_path / "plan.json") == 1e6
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is no plan"):
+        bytes_for_plan(tmp_path / "plan.json")
+    assert bytes_for_depth(24) > 10 * bytes_for_depth(8)
