@@ -21,6 +21,8 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "demo": Command("demo", "Demo", "the whole ladder on this machine, from corpus to a chat reply"),
     "data": Command("data", "Data", "text into corpus, tokenizer and token shards"),
+    "data download": Command("download", "DataDownload", "parquet shards of a data set, verified; goes on where it was"),
+    "data mirror": Command("download", "DataMirror", "serve a folder of parquet with the hub's API"),
     "tokenizer": Command("data", "TokenizerCommand", "train a tokenizer, or look at how one cuts a text"),
     "count": Command("count", "Count", "parameters and FLOPs of a depth"),
     "train": Command("runs", "Train", "one pretraining run in this process, without Ray"),
@@ -71,6 +73,8 @@ def run(argv: list[str]) -> int:
         print(f"nanoladder {version('nanoladder')}")
         return 0
     name, *rest = argv
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         return fail(f"unknown command {name!r}; did you mean {near!r}? nanoladder --help lists all")
