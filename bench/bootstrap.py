@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.allocation import bootstrap_parametric, fit_parametric
-from analysis.allocation.bootstrap import minimize_resamples, resample_weights
+from analysis.allocation.bootstrap import SEED, minimize_resamples, resample_weights
 from analysis.allocation.parametric import make_problem
 from analysis.allocation.starts import search
 
@@ -37,7 +37,7 @@ def main() -> None:
     fit = fit_parametric(*columns)
     print(f"one fit, whole search      {time.perf_counter() - start:6.2f} s   objective {fit.objective_log:.7e}")
     problem, _ = make_problem(*columns, fit.delta)
-    weights, _, _ = resample_weights(len(t), args.resamples, None, np.random.default_rng(0))
+    weights, _, _ = resample_weights(len(t), args.resamples, None, SEED)
     start = time.perf_counter()
     _, value = minimize_resamples(problem, weights, fit.minima)
     seconds = time.perf_counter() - start

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.allocation.bootstrap import Bootstrap, bootstrap_parametric
+from analysis.allocation.bootstrap import SEED, Bootstrap, bootstrap_parametric
 from analysis.allocation.calibrate import Calibration, calibrate
 from analysis.allocation.conventions import compute_grid, isoflop_steadiness, optimum_path, steadiest
 from analysis.allocation.isoflop import fit_isoflop
@@ -42,7 +42,7 @@ def fit_allocation(
     convention: str = "matrices_lm_head",
     target_flops: float | None = None,
     n_boot: int = NUM_BOOT,
-    seed: int = 0,
+    seed: int = SEED,
     noise: Any = None,
 ) -> dict[str, Any]:
     """All allocation laws of the runs in `frame`, as plain JSON-ready data.

@@ -20,6 +20,8 @@ DAMPING_START, DAMPING_MIN, DAMPING_MAX = 1e-3, 1e-14, 1e10
 TRUSTED_DAMPING = 1e-2  # a tiny step under more damping than this says nothing about convergence
 RELATIVE_DECREASE = 1e-13  # a predicted decrease below this share of the objective is convergence
 PIVOT_FLOOR = 1e-10  # of the largest diagonal entry, after scaling
+RACE_ITERATIONS = 25  # after so many, a fit of a race drops out…
+RACE_STEPS = 200.0  # …when so many steps like its next one would not bring it to the leader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +82,13 @@ def _step(g: np.ndarray, h: np.ndarray, damping: np.ndarray, frozen: np.ndarray)
 
 
 def minimize(
-    evaluate: Objective, start: np.ndarray, box: Box, max_iterations: int = MAX_ITERATIONS
+    evaluate: Objective, start: np.ndarray, box: Box, max_iterations: int = MAX_ITERATIONS, *, race: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Minimise R objectives from start (R, k) -> theta (R, k), value (R,), converged (R,)."""
+    """Minimise R objectives from start (R, k) -> theta (R, k), value (R,), converged (R,).
+
+    race: all rows are starts of one and the same objective. Then a row that crawls far above the best one is given up where it is:
+    on a small table a few of them, on their way to infinity, would take most of the time.
+    """
     best = np.clip(start, box.lower, box.upper)
     best_value = np.empty(start.shape[0])
     done = np.zeros(start.shape[0], dtype=bool)
@@ -92,7 +98,7 @@ def minimize(
     best_value[:] = value
     damping = np.full(rows.size, DAMPING_START)
     lower, upper = box.lower[:, None], box.upper[:, None]
-    for _ in range(max_iterations):
+    for iteration in range(max_iterations):
         frozen = ((theta <= lower) & (g > 0)) | ((theta >= upper) & (g < 0))
         trial = np.clip(theta + _step(g, h, damping, frozen), lower, upper)
         move = trial - theta
@@ -100,6 +106,9 @@ def minimize(
         predicted = slope - 0.5 * np.einsum("ir,ijr,jr->r", move, h, move)
         small = (slope <= RELATIVE_DECREASE * value) & ((damping <= TRUSTED_DAMPING) | (slope <= 0))
         finished = small | (damping >= DAMPING_MAX)
+        hopeless = np.zeros_like(finished)
+        if race and iteration >= RACE_ITERATIONS:
+            hopeless = RACE_STEPS * np.maximum(slope, 0.0) < value - best_value.min()
         new_value, new_g, new_h = evaluate(trial.T, rows)
         better = new_value < value
         ratio = (value - new_value) / np.where(predicted > 0, predicted, np.inf)
@@ -111,7 +120,7 @@ def minimize(
         damping = np.where(good, np.maximum(damping / 8, DAMPING_MIN), np.where(better, damping, damping * 6))
         best[rows], best_value[rows] = theta.T, value
         done[rows] = finished
-        keep = ~finished
+        keep = ~(finished | hopeless)
         if not keep.any():
             break
         if keep.sum() < 0.9 * keep.size:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+from scipy.optimize import least_squares
 
 from analysis.allocation.newton import Box, minimize
-from analysis.allocation.objective import NUM_PARAMETERS, Evaluator, Problem
+from analysis.allocation.objective import NUM_PARAMETERS, Evaluator, Problem, log_surface, values
 from analysis.blas import single_blas_thread
 
 EXPONENT_GRID = (0.05, 0.1, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0, 1.6, 3.0, 8.0, 25.0)
@@ -115,7 +116,7 @@ def search(problem: Problem, weights: np.ndarray, *, thorough: bool = True) -> t
     starts = projected_starts(problem, weights)
     if thorough:
         starts = np.vstack([starts, share_starts()])
-    theta, value, _ = minimize(Evaluator(problem, case), starts, box, SCOUT_ITERATIONS)
+    theta, value, _ = minimize(Evaluator(problem, case), starts, box, SCOUT_ITERATIONS, race=thorough)
     keep = distinct(theta, value, NUM_SURVIVORS)
     theta, value = theta[keep], value[keep]
     rng = np.random.default_rng(0)
@@ -123,7 +124,7 @@ def search(problem: Problem, weights: np.ndarray, *, thorough: bool = True) -> t
         moves = rng.normal(size=(theta.shape[0] * NUM_MOVES, NUM_PARAMETERS)) * np.array([0.3, 0.3, 0.1, 0.1, 0.1])
         moves *= 10 ** rng.uniform(-1.5, 0.5, size=(moves.shape[0], 1))
         new = np.vstack([theta, face_starts(theta, box), np.repeat(theta, NUM_MOVES, axis=0) + moves if thorough else theta[:0]])
-        new_theta, new_value, _ = minimize(Evaluator(problem, case), new, box)
+        new_theta, new_value, _ = minimize(Evaluator(problem, case), new, box, race=True)
         theta, value = np.vstack([theta, new_theta]), np.concatenate([value, new_value])
         keep = distinct(theta, value, NUM_SURVIVORS)
         theta, value = theta[keep], value[keep]
@@ -131,4 +132,30 @@ def search(problem: Problem, weights: np.ndarray, *, thorough: bool = True) -> t
         theta, value, _ = minimize(Evaluator(*full), theta[:3], box)
         keep = distinct(theta, value, NUM_SURVIVORS)
         theta, value = theta[keep], value[keep]
+    return exact(full[0], full[1][0], theta, value, box)
+
+
+def exact(problem: Problem, weights: np.ndarray, theta: np.ndarray, value: np.ndarray, box: Box) -> tuple[np.ndarray, np.ndarray]:
+    """The best minimum once more where all its residuals are within delta, as those of runs without noise are.
+
+    The objective is a sum of squares there. Its Hessian squares the condition of a narrow table, so Newton stops short of the
+    truth; MINPACK works on the Jacobian itself.
+    """
+    root = np.sqrt(weights)
+    if np.abs((log_surface(theta[:1], problem.x, problem.y)[0] - problem.z)[weights > 0]).max() > problem.delta:
+        return theta, value
+
+    def residual(t: np.ndarray) -> np.ndarray:
+        return np.asarray(root * (log_surface(t[None], problem.x, problem.y)[0] - problem.z))
+
+    def jacobian(t: np.ndarray) -> np.ndarray:
+        total = log_surface(t[None], problem.x, problem.y)[0]
+        p1, p2, p3 = np.exp(t[0] - t[3] * problem.x - total), np.exp(t[1] - t[4] * problem.y - total), np.exp(t[2] - total)
+        return np.stack([p1, p2, p3, -p1 * problem.x, -p2 * problem.y], axis=1) * root[:, None]
+
+    found = least_squares(residual, theta[0], jacobian, method="lm", x_scale="jac", xtol=1e-15, ftol=1e-15, gtol=1e-15)
+    best = np.clip(found.x, box.lower, box.upper)
+    lower = float(values(problem, weights[None], best[None])[0])
+    if lower < value[0]:
+        theta, value = np.vstack([best[None], theta[1:]]), np.append(lower, value[1:])
     return theta, value
