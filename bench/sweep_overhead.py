@@ -2,7 +2,7 @@
 
 Ray Tune with reused actors, Optuna, records, index and MLflow, as in a real sweep. Prints a table and writes JSON.
 
-    python bench/sweep_overhead.py --trials 200 --seconds 0.05
+    python bench/sweep_overhead.py --trials 2000 --seconds 0.05
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import sqlite3
 import sys
 import tempfile
 import time
@@ -33,6 +34,37 @@ from nanoladder.workspace import Workspace
 def resident_mb() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def summary(marks: list[tuple[float, int, float]], args: argparse.Namespace) -> dict[str, float]:
+    """Rates over all trials and over the first and last quarter, and the driver's growth over the second half."""
+    n = len(marks)
+
+    def seconds_per_trial(first: int, last: int) -> float:
+        return (marks[last][0] - marks[first][0]) / max(1, marks[last][1] - marks[first][1])
+
+    skip = min(3, n // 2)
+    grown_mb = marks[-1][2] - marks[n // 2][2]
+    return {
+        "trials": args.trials,
+        "concurrent": args.concurrent,
+        "trials_per_second": 1 / seconds_per_trial(skip, n - 1),
+        "seconds_per_trial": seconds_per_trial(skip, n - 1),
+        "seconds_per_trial_first_quarter": seconds_per_trial(skip, max(skip + 1, n // 4)),
+        "seconds_per_trial_last_quarter": seconds_per_trial(3 * n // 4, n - 1),
+        "driver_mb": marks[-1][2],
+        "driver_kb_per_trial": grown_mb / max(1, marks[-1][1] - marks[n // 2][1]) * 1024,
+    }
+
+
+def count_mirrors(workspace: Workspace) -> tuple[int, int]:
+    """Finished runs in MLflow, complete trials in Optuna: both must be all of them."""
+    with sqlite3.connect(workspace.root / "mlflow.db") as db:
+        where = "status = 'FINISHED' and run_uuid in (select run_uuid from tags where key = 'nanoladder.run_id')"
+        (mirrored,) = db.execute(f"select count(*) from runs where {where}").fetchone()
+    with sqlite3.connect(workspace.root / "optuna.db") as db:
+        (told,) = db.execute("select count(*) from trials where state = 'COMPLETE'").fetchone()
+    return mirrored, told
 
 
 def main() -> None:
@@ -64,24 +96,16 @@ def main() -> None:
     execute_sweep(sweep, Workspace(root), data=DataConfig(manifest_hash="toy"), train_function=TRAIN, progress=see)
     whole = time.monotonic() - start
     shutdown_ray()
-    start = time.monotonic()
-    execute_sweep(sweep, Workspace(root), data=DataConfig(manifest_hash="toy"), train_function=TRAIN)
-    again = time.monotonic() - start
+    again_start = time.monotonic()
+    records = len(execute_sweep(sweep, Workspace(root), data=DataConfig(manifest_hash="toy"), train_function=TRAIN))
+    again = time.monotonic() - again_start
+    mirrored, told = count_mirrors(Workspace(root))
+    megabytes = sum(p.stat().st_size for p in root.glob("*.db")) / 2**20
     shutil.rmtree(root)
-    half = len(marks) // 2
-    (t0, n0, _), (t1, n1, m1), (_, nh, mh) = marks[min(3, half)], marks[-1], marks[half]
-    per_trial = (t1 - t0) / (n1 - n0)
-    facts = {
-        "trials": args.trials,
-        "ray_start_seconds": ray_seconds,
-        "first_trial_seconds": whole - (t1 - marks[0][0]),
-        "seconds_per_trial": per_trial,
-        "overhead_seconds_per_trial": per_trial * args.concurrent - args.seconds,
-        "trials_per_second": 1 / per_trial,
-        "driver_mb": m1,
-        "driver_kb_per_trial": (m1 - mh) / max(1, n1 - nh) * 1024,
-        "again_seconds": again,
-    }
+    facts = summary(marks, args)
+    facts |= {"ray_start_seconds": ray_seconds, "first_trial_seconds": marks[0][0] - start, "whole_seconds": whole}
+    facts |= {"after_last_trial_seconds": start + whole - marks[-1][0], "restore_seconds": again}
+    facts |= {"mlflow_runs": mirrored, "optuna_trials": told, "records": records, "store_mb": megabytes}
     for key, value in facts.items():
         print(f"{key:<28} {value:10.3f}")
     if args.json:

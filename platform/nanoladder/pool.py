@@ -6,23 +6,23 @@ trained once. A failed run is tried once more, in this command or the next, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from nanochat_model.config import DataConfig
 from nanochat_model.counts import flops_per_token
 from nanochat_model.record import RunRecord
 from nanoladder.cells import Trial, make_trial, resolve_config
-from nanoladder.space import Value
 from nanoladder.study import Candidate, CellStudy, Outcome
 from nanoladder.sweep import Cell, Sweep
 
 MAX_ATTEMPTS = 2  # of a run within one command
 LISTED_TAGS = ("purpose", "sweeps")  # what several sweeps say of one record, comma-separated
 
-Extender = Callable[["CellWork"], Sequence[Mapping[str, Value]]]  # further candidates of a cell whose grid is done
+Extender = Callable[["CellWork"], None]  # gives the study of a cell whose candidates are done further ones, where it needs them
 
 
 @dataclass
@@ -35,10 +35,11 @@ class CellWork:
     data: DataConfig | None
     flops_per_trial: float  # of its baseline
     records: dict[int, dict[int, RunRecord]] = field(default_factory=dict)  # candidate -> seed -> record
-    values: dict[int, float | None] = field(default_factory=dict)  # candidate -> value; None: failed or pruned
+    values: dict[int, float | None] = field(default_factory=dict)  # candidate -> (first) metric; None: failed or pruned
+    dropped: int = 0  # runs of candidates that were given up
 
     def wanted_runs(self) -> int:
-        return self.study.total * len(self.sweep.seeds)
+        return self.study.total * len(self.sweep.seeds) - self.dropped
 
 
 @dataclass
@@ -142,17 +143,31 @@ class Pool:
         seeds = work.records.setdefault(trial.candidate, {})
         seeds[trial.seed] = record
         self._on_record(trial, record, new)
-        if len(seeds) < len(work.sweep.seeds):
+        if trial.candidate in work.values:
+            return  # given up while this run was in flight
+        given_up = self._give_up(work, trial.candidate)
+        if len(seeds) < len(work.sweep.seeds) and not given_up:
             return
-        outcome, value = judge(work.sweep, seeds.values())
-        attrs = {
-            "runs": {str(seed): r.run_id for seed, r in seeds.items()},
-            work.sweep.metric: {str(seed): metric_of(work.sweep, r) for seed, r in seeds.items()},
-        }
-        work.values[trial.candidate] = value
-        work.study.finish(trial.candidate, outcome, value, seeds[min(seeds)].curve, **attrs)
+        outcome, values = ("pruned", None) if given_up else judge(work.sweep, seeds.values())
+        attrs: dict[str, Any] = {"runs": {str(seed): r.run_id for seed, r in seeds.items()}}
+        for metric in work.sweep.metrics:
+            attrs[metric] = {str(seed): metric_of(work.sweep, r, metric) for seed, r in seeds.items()}
+        work.values[trial.candidate] = values[0] if values else None
+        work.study.finish(trial.candidate, outcome, values, seeds[min(seeds)].curve, **attrs)
         if self._extend and work.sweep.extend_edges and work.study.exhausted and len(work.values) == work.study.total:
-            work.study.extend(self._extend(work))
+            self._extend(work)
+
+    def _give_up(self, work: CellWork, candidate: int) -> bool:
+        """Whether so many seeds of a candidate failed that its others are not run; those not yet started are dropped."""
+        limit, seeds = work.sweep.prune_failures, work.records[candidate]
+        failed = sum(r.status == "failed" for r in seeds.values())
+        if limit == 0 or failed < limit or len(seeds) == len(work.sweep.seeds):
+            return False
+        for run_id, run in list(self._ready.items()):
+            if all(w is work and t.candidate == candidate for w, t in run.waiting):
+                del self._ready[run_id]
+                work.dropped += 1
+        return True
 
     def _share(self, record: RunRecord, trial: Trial) -> RunRecord:
         """Add this sweep's purpose and name to the tags of a record that another sweep has made."""
@@ -164,21 +179,22 @@ class Pool:
         return record
 
 
-def metric_of(sweep: Sweep, record: RunRecord) -> float | None:
-    value = getattr(record, sweep.metric)
+def metric_of(sweep: Sweep, record: RunRecord, metric: str = "") -> float | None:
+    """The sweep's (first) metric of a record, or another."""
+    value = getattr(record, metric or sweep.metric)
     return None if value is None else float(value)
 
 
-def judge(sweep: Sweep, records: Iterable[RunRecord]) -> tuple[Outcome, float | None]:
-    """What a candidate's runs amount to: complete with the mean over seeds only when every seed completed."""
+def judge(sweep: Sweep, records: Iterable[RunRecord]) -> tuple[Outcome, tuple[float, ...] | None]:
+    """What a candidate's runs amount to: complete, with the mean of each metric over seeds, only when every seed completed."""
     records = list(records)
     if any(r.status == "failed" for r in records):
         return "failed", None
     if any(r.status == "stopped" for r in records):
         return "pruned", None
-    values = [metric_of(sweep, r) for r in records]
-    known = [v for v in values if v is not None]
-    return ("complete", fmean(known)) if len(known) == len(values) else ("failed", None)
+    columns = [[metric_of(sweep, r, metric) for r in records] for metric in sweep.metrics]
+    means = [fmean(v for v in column if v is not None) for column in columns if None not in column]
+    return ("complete", tuple(means)) if len(means) == len(columns) else ("failed", None)
 
 
 def merge_tags(tags: dict[str, str], trial: Trial) -> dict[str, str]:

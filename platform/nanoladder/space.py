@@ -6,7 +6,6 @@ or any dotted key of a TrainConfig.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -70,20 +69,91 @@ class LogUniform:
             raise ConfigError(f"LogUniform low {self.low} must be positive: it is spread over the logarithm")
 
 
-Dimension: TypeAlias = Grid | Choice | Uniform | LogUniform
+Plain: TypeAlias = Grid | Choice | Uniform | LogUniform
+
+
+@dataclass(frozen=True)
+class When:
+    """`dimension`, only where the dimension `key`, given before it, has one of `values`; elsewhere the recipe's own value stays.
+
+    {"schedule.kind": Choice(["nanochat", "constant_then_decay"]),
+     "schedule.warmdown_fraction": When("schedule.kind", "constant_then_decay", Uniform(0.1, 0.4))}
+    """
+
+    key: str
+    values: tuple[Value, ...]
+    dimension: Plain
+
+    def __init__(self, key: str, values: Value | Iterable[Value], dimension: Plain) -> None:
+        many = tuple(values) if isinstance(values, list | tuple) else (values,)
+        _require_options("When", many)
+        if not isinstance(dimension, Grid | Choice | Uniform | LogUniform):
+            raise ConfigError(f"When({key!r}, …) needs a Grid, Choice, Uniform or LogUniform, not {type(dimension).__name__}")
+        for name, value in (("key", key), ("values", many), ("dimension", dimension)):
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class Times:
+    """In a variant: `factor` times what the recipe gives the cell. So a change keeps its meaning at every depth and horizon."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor > 0):
+            raise ConfigError(f"Times({self.factor}) must be a positive factor")
+
+    def __str__(self) -> str:
+        return f"×{self.factor:.6g}"
+
+
+Dimension: TypeAlias = Plain | When
 Space: TypeAlias = Mapping[str, Dimension]
+
+
+def plain(dimension: Dimension) -> Plain:
+    """The dimension itself, its condition taken off."""
+    return dimension.dimension if isinstance(dimension, When) else dimension
+
+
+def is_active(dimension: Dimension, values: Mapping[str, Any]) -> bool:
+    """Whether a dimension applies where those before it have `values`."""
+    return not isinstance(dimension, When) or (dimension.key in values and values[dimension.key] in dimension.values)
+
+
+def check_space(space: Space, where: str) -> None:
+    """ConfigError where a condition refers to what is not before it, or to a value that cannot occur."""
+    before: dict[str, Dimension] = {}
+    for key, dimension in space.items():
+        if isinstance(dimension, When):
+            if dimension.key not in before:
+                raise ConfigError(f"{where}: {key} depends on {dimension.key!r}, which must be a dimension before it")
+            parent = plain(before[dimension.key])
+            options = parent.values if isinstance(parent, Grid) else parent.options if isinstance(parent, Choice) else None
+            wrong = [v for v in dimension.values if options is None or v not in options]
+            if wrong:
+                raise ConfigError(f"{where}: {key} depends on {dimension.key} = {wrong[0]!r}, which that dimension never is")
+        before[key] = dimension
 
 
 def is_finite(space: Space) -> bool:
     """Whether the space can be enumerated."""
-    return all(isinstance(d, Grid | Choice) for d in space.values())
+    return all(isinstance(plain(d), Grid | Choice) for d in space.values())
 
 
 def enumerate_space(space: Space) -> list[dict[str, Value]]:
     """Every point of a finite space, the last key moving fastest. An empty space has one point."""
     assert is_finite(space), "only grids and choices can be enumerated"
-    options = [d.values if isinstance(d, Grid) else d.options for d in space.values() if isinstance(d, Grid | Choice)]
-    return [dict(zip(space, point, strict=True)) for point in itertools.product(*options)]
+    points: list[dict[str, Value]] = [{}]
+    for key, dimension in space.items():
+        of = plain(dimension)
+        options = of.values if isinstance(of, Grid) else of.options if isinstance(of, Choice) else ()
+        points = (
+            [{**p, key: v} for p in points for v in options]
+            if not isinstance(dimension, When)
+            else [q for p in points for q in ([{**p, key: v} for v in options] if is_active(dimension, p) else [p])]
+        )
+    return points
 
 
 def format_values(values: Mapping[str, Any]) -> str:

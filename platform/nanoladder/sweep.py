@@ -11,11 +11,12 @@ from nanochat_model.config import GPTConfig, Packing, RuntimeConfig
 from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
 from nanochat_model.recipe import NANOCHAT, Recipe
-from nanoladder.space import Dimension, Grid, Space, is_finite
+from nanoladder.space import Dimension, Grid, LogUniform, Space, Uniform, check_space, is_finite
 
 Sampler = Literal["auto", "grid", "tpe", "gp", "qmc", "cmaes", "random"]
 Backend = Literal["auto", "actor", "train"]
 Metric = Literal["val_bpb", "core", "train_seconds"]
+Pruning = Literal["none", "constant"]
 Purpose = Literal["", "allocation", "batch_size", "learning_rate", "weight_decay", "noise", "promotion", "production"]
 SAMPLERS: tuple[Sampler, ...] = ("auto", "grid", "tpe", "gp", "qmc", "cmaes", "random")
 ADAPTIVE: tuple[Sampler, ...] = ("tpe", "gp", "cmaes")  # what they suggest depends on what was seen
@@ -60,7 +61,11 @@ class Sweep:
     num_trials: int = 0  # candidates a cell; 0: all of a finite space
     seeds: tuple[int, ...] = (0,)  # a candidate's value is the mean over them
     metric: Metric = "val_bpb"
-    extend_edges: bool = False  # a grid whose best value is its first or last grows by two geometric points, at most twice
+    objectives: tuple[Metric, ...] = ()  # of a search with several: `metric` first, e.g. ("val_bpb", "train_seconds")
+    extend_edges: bool = False  # where the best value is a grid's first or last, it grows by two geometric points, at most
+    # twice; a range searched by tpe or gp grows by a third where the best value lies in its outer tenth
+    pruning: Pruning = "none"  # "constant": stop runs that trail far behind while the learning rate is constant, never in a decay
+    prune_failures: int = 0  # give a candidate up when so many of its seeds have failed; 0: run them all
     parallel_trials: int = 4  # candidates of one cell in flight, for samplers that learn: suggestion k has seen the
     # results up to k − parallel_trials exactly, so the runs of a sweep do not depend on who finishes first
     packing: Packing = "best_fit"
@@ -95,15 +100,38 @@ class Sweep:
             )
         if self.devices_per_trial > 1 and self.backend == "actor":
             raise ConfigError(f'sweep {self.name}: backend "actor" has one device; use "train" for {self.devices_per_trial}')
+        self._check_objectives()
         for cell in self.cells:
+            check_space(self.space_of(cell), f"sweep {self.name}")
             self._check_sampler(cell)
             self._check_edges(cell)
 
+    def _check_objectives(self) -> None:
+        if self.pruning not in ("none", "constant"):
+            raise ConfigError(f'pruning {self.pruning!r} of sweep {self.name} must be "none" or "constant"')
+        if self.prune_failures < 0:
+            raise ConfigError(f"prune_failures {self.prune_failures} of sweep {self.name} must be 0 (never) or more")
+        if not self.objectives:
+            return
+        if len(self.objectives) < 2 or len(set(self.objectives)) < len(self.objectives) or self.objectives[0] != self.metric:
+            raise ConfigError(
+                f"objectives {self.objectives} of sweep {self.name} must be two or more different metrics, {self.metric} first"
+            )
+        if self.extend_edges or self.pruning != "none":
+            raise ConfigError(f"sweep {self.name}: extend_edges and pruning need one objective, not {len(self.objectives)}")
+
     def _check_edges(self, cell: Cell) -> None:
-        space = self.space_of(cell)
-        one_grid = len(space) == 1 and all(isinstance(d, Grid) and len(d.values) > 1 for d in space.values())
-        if self.extend_edges and not (one_grid and self.sampler_of(cell) == "grid"):
-            raise ConfigError(f"sweep {self.name}: extend_edges needs a space of one Grid with two or more values in every cell")
+        """Grids with two or more values each, all in a grid; or only ranges, searched by a sampler that can look outside."""
+        if not self.extend_edges:
+            return
+        space, sampler = self.space_of(cell), self.sampler_of(cell)
+        grids = all(isinstance(d, Grid) and len(d.values) > 1 for d in space.values()) and self.num_trials == 0
+        ranges = all(isinstance(d, Uniform | LogUniform) for d in space.values())
+        if not space or not ((grids and sampler == "grid") or (ranges and sampler in ("tpe", "gp"))):
+            raise ConfigError(
+                f"sweep {self.name}: extend_edges needs a space of Grids with two or more values each, run whole, or of ranges "
+                "searched by tpe or gp, in every cell"
+            )
 
     def _check_sampler(self, cell: Cell) -> None:
         space = self.space_of(cell)
@@ -115,6 +143,8 @@ class Sweep:
             raise ConfigError(f"sweep {self.name} has a continuous space and no num_trials; say how many candidates a cell gets")
         if self.sampler == "grid" and not is_finite(space):
             raise ConfigError(f"sweep {self.name}: sampler grid needs Grid or Choice dimensions; use tpe or qmc for ranges")
+        if self.objectives and self.sampler_of(cell) == "cmaes":
+            raise ConfigError(f"sweep {self.name}: sampler cmaes has one objective; use tpe or gp for {len(self.objectives)}")
         if self.sampler not in ("auto", "grid") and self.num_trials == 0:
             raise ConfigError(f"sweep {self.name}: sampler {self.sampler} needs num_trials, the candidates a cell gets")
 
@@ -128,8 +158,17 @@ class Sweep:
         return "grid" if self.variants or (is_finite(self.space_of(cell)) and self.num_trials == 0) else "tpe"
 
     @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What a candidate is judged by, the first above all."""
+        return self.objectives or (self.metric,)
+
+    @property
+    def directions(self) -> tuple[Literal["minimize", "maximize"], ...]:
+        return tuple("maximize" if m == "core" else "minimize" for m in self.metrics)
+
+    @property
     def direction(self) -> Literal["minimize", "maximize"]:
-        return "maximize" if self.metric == "core" else "minimize"
+        return self.directions[0]
 
 
 def _model_label(model: GPTConfig) -> str:

@@ -22,7 +22,8 @@ from nanoladder.sweep import Sweep
 from nanoladder.workspace import Workspace
 
 INDEX_FILE = "index.json"
-WRITE_SECONDS = 2.0  # between two writes while a sweep runs
+WRITE_SECONDS = 2.0  # between two writes while a sweep runs, at least,
+WRITE_SHARE = 30.0  # and so many times what the last one took
 
 
 class IndexWriter(Listener):
@@ -34,7 +35,7 @@ class IndexWriter(Listener):
         self._sweeps: dict[str, Sweep] = {}
         self._rows: dict[str, dict[tuple[str, int, int], dict[str, Any]]] = {}
         self._dirty: set[str] = set()
-        self._written = 0.0
+        self._next_write = 0.0
 
     def on_begin(self, sweeps: Sequence[Sweep]) -> None:
         self._sweeps = {s.name: s for s in sweeps}
@@ -49,25 +50,28 @@ class IndexWriter(Listener):
             "values": dict(trial.values),
             "seed": trial.seed,
             "status": record.status,
-            self._sweeps[trial.sweep].metric: metric_of(self._sweeps[trial.sweep], record),
+            **{m: metric_of(self._sweeps[trial.sweep], record, m) for m in self._sweeps[trial.sweep].metrics},
         }
         self._dirty.add(trial.sweep)
-        if time.monotonic() - self._written > WRITE_SECONDS:
+        if time.monotonic() > self._next_write:
             self._write()
 
     def on_end(self) -> None:
         self._write()
 
     def _write(self) -> None:
+        begun = time.monotonic()
         for name in sorted(self._dirty):
             sweep = self._sweeps[name]
             rows = [self._rows[name][key] for key in sorted(self._rows[name])]
             head = {"schema_version": SCHEMA_VERSION, "sweep": name, "question": sweep.question, "source": sweep.source}
             head |= {"stage": sweep.stage, "purpose": sweep.purpose, "metric": sweep.metric, "direction": sweep.direction}
+            head |= {"objectives": dict(zip(sweep.metrics, sweep.directions, strict=True))}
             head |= {"studies": {w.cell.label: w.study.describe() for w in self._works if w.sweep.name == name}, "trials": rows}
             write_atomic(self._workspace.sweep_dir(name) / INDEX_FILE, json.dumps(head, indent=1))
         self._dirty.clear()
-        self._written = time.monotonic()
+        now = time.monotonic()
+        self._next_write = now + max(WRITE_SECONDS, WRITE_SHARE * (now - begun))  # long lists are written less often
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from nanoladder.cells import candidate_values, check_sweep, depth_cells, isoflop
 from nanoladder.dry_run import plan_sweep
 from nanoladder.ladder import Ladder, Stage
 from nanoladder.settings import apply_settings
-from nanoladder.space import Choice, Grid, LogUniform, Uniform, enumerate_space
+from nanoladder.space import Choice, Grid, LogUniform, Times, Uniform, When, enumerate_space
 from nanoladder.sweep import Cell, Sweep
 from nanoladder.sweep_command import load_sweep, run_sweep
 
@@ -48,7 +48,14 @@ def sweep(**fields: object) -> Sweep:
         (lambda: sweep(seeds=(1, 1)), "different"),
         (lambda: sweep(devices_per_trial=2, backend="actor"), "one device"),
         (lambda: sweep(devices_per_trial=2, trials_per_device=2), "exclude"),
-        (lambda: sweep(space={"lr_multiplier": Grid([1, 2]), "batch_multiplier": Grid([1, 2])}, extend_edges=True), "one Grid"),
+        (lambda: sweep(space={"lr_multiplier": Grid([1, 2]), "schedule.kind": Choice(["nanochat"])}, extend_edges=True), "Grids"),
+        (lambda: sweep(space={"lr_multiplier": Uniform(1, 2)}, num_trials=4, sampler="qmc", extend_edges=True), "tpe or gp"),
+        (lambda: sweep(space={"lr_multiplier": When("schedule.kind", "nanochat", Uniform(1, 2))}, num_trials=4), "before it"),
+        (lambda: sweep(space={"a": Choice(["x"]), "lr_multiplier": When("a", "y", Grid([1, 2]))}), "never is"),
+        (lambda: Times(-1.0), "positive"),
+        (lambda: sweep(objectives=("core", "train_seconds")), "val_bpb first"),
+        (lambda: sweep(objectives=("val_bpb", "train_seconds"), pruning="constant"), "one objective"),
+        (lambda: sweep(prune_failures=-1), "prune_failures"),
         (lambda: Ladder(name="l", question="?", stages=(Stage(name="a", cells=(CELL,)),)), "variants"),
         (lambda: isoflop_cells([1e18], [D12], centre=lambda c: 1e8), "fewer than two"),
     ],

@@ -200,9 +200,9 @@ def test_values_that_are_not_finite_are_told_failed_and_stopped_runs_pruned(tmp_
     for _ in range(3):
         assert study.next_candidate() is not None
     curve = train(bench_config(bench), run_dir=tmp_path / "x").curve
-    study.finish(0, "complete", float("nan"))
+    study.finish(0, "complete", (float("nan"),))
     study.finish(1, "pruned", None, curve)
-    study.finish(2, "complete", 1.0, curve)
+    study.finish(2, "complete", (1.0,), curve)
     assert [t.state.name for t in bench.study().trials] == ["FAIL", "PRUNED", "COMPLETE"]
     assert bench.study().trials[1].value == pytest.approx(curve[-1].val_bpb)
     assert bench.study().best_value == 1.0
