@@ -38,10 +38,12 @@ class PowerRule:
         unknown = set(self.exponents) - {"N", "D", "B", "width", "lr"}
         if unknown:
             raise ConfigError(f"rule uses unknown symbol {sorted(unknown)}; known: N, D, B, width, lr")
-        if not self.coefficient > 0:
-            raise ConfigError(f"rule coefficient {self.coefficient} must be positive")
+        if not self.coefficient >= 0:
+            raise ConfigError(f"rule coefficient {self.coefficient} must be 0 or more")
 
     def __call__(self, **values: float) -> float:
+        if self.coefficient == 0:
+            return 0.0
         log_value = math.log(self.coefficient)
         for symbol, exponent in self.exponents.items():
             log_value += exponent * math.log(values[symbol] / self.references.get(symbol, 1.0))

@@ -15,6 +15,7 @@ from nanochat_model.record import RECORD_FILE, RunRecord
 from nanoladder import demo_sweeps
 from nanoladder.demo_size import DEMO_RECIPE, DemoSize
 from nanoladder.laws_to_recipe import LAW_NAMES, LawRecipe, recipe_from_laws
+from nanoladder.recipes import RECIPE_FILE, write_recipe
 from nanoladder.stages import Facts, Progress
 from nanoladder.sweep import Sweep
 from nanoladder.workspace import Workspace
@@ -160,6 +161,7 @@ class DemoStages:
         progress.update(0, 1, f"{self.size.n_boot} resamples")
         laws = self.fit(target_flops=self.size.production_factor * self.size.largest_budget)
         laws.save(self.workspace.laws_path)
+        write_recipe(self.recipe(), self.workspace.laws_path.parent / RECIPE_FILE)  # the rules that stay where no law is good
         used = [u.quantity for u in self.tuned_recipe(laws).uses if u.kind == "law"]
         return {
             "hash": hashlib.sha256(self.workspace.laws_path.read_bytes()).hexdigest()[:16],

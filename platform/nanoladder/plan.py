@@ -22,6 +22,7 @@ DEVICES_PER_NODE = 8
 BYTES_PER_TOKEN = 4.8  # of English web text at V = 32768 (nanochat's tokenizer report); measured shards replace it
 SHARD_BYTES = 250e6  # characters in one shard of nanochat's ClimbMix set, about 100 MB compressed
 EMBEDDING_SHARE_WARNING = 0.5  # embeddings above this share: the loss says little about larger models
+KEPT_BY_BEST_FIT = 0.65  # of the tokens of a web corpus at T = 2048; the rest is cut off and dropped (nanochat's log)
 MAX_SHRINK = 0.05  # of the weights, by decay alone, in one step at the peak rate: 20 steps then forget everything
 
 
@@ -85,8 +86,10 @@ class LaunchPlan:
     all_reduce_seconds: float  # a step, between nodes, not overlapped
     step_seconds: float
     checkpoint_bytes: float  # model, and optimizer states
-    data_bytes: float  # text needed
+    data_bytes: float  # of training text, so that no document is read twice
     data_shards: int
+    token_bytes: float  # of the token shards made from it
+    recipe: str  # whose rules fill in where there is no law
     prediction: LossPrediction | None
     uses: tuple[RuleUse, ...]
     blocking: tuple[str, ...]
@@ -166,9 +169,10 @@ def plan_config(
     gradients = float(FP32 * counts.total)
     network = all_reduce_seconds(gradients, num_nodes=target.num_nodes, bandwidth_bytes=target.network_bytes_per_second)
     compute_seconds = config.batch_tokens / speed.tokens_per_second
-    step_seconds = compute_seconds + (0.0 if speed.measured else network)
+    step_seconds = compute_seconds + (0.0 if target.tokens_per_second is not None else network)
     hours = step_seconds * config.num_steps / 3600
-    text_bytes = config.num_tokens * bytes_per_token
+    kept = KEPT_BY_BEST_FIT if config.data.packing == "best_fit" else 1.0
+    text_bytes = config.num_tokens * bytes_per_token / kept
     prediction = predict(resolved.predictor, config)
     return LaunchPlan(
         config=config,
@@ -192,8 +196,10 @@ def plan_config(
         data_bytes=text_bytes,
         data_shards=-(-int(text_bytes) // int(SHARD_BYTES)) + 1,  # and one for validation
         prediction=prediction,
+        token_bytes=config.num_tokens / kept * (2 if model.vocab_size <= 1 << 16 else 4),
+        recipe=resolved.recipe.name,
         uses=resolved.uses,
-        blocking=resolved.blocking,
+        blocking=(*resolved.blocking, *_erasing_decay(config)),
         warnings=tuple(_warnings(counts, speed, prediction, network, compute_seconds, config, records)),
     )
 
@@ -244,12 +250,18 @@ def _warnings(
         lines.append("no loss is predicted: no usable allocation law")
     elif prediction.verdict != "ok":
         lines += [f"prediction: {reason}" for reason in prediction.reasons] or [f"prediction: verdict {prediction.verdict}"]
-    shrink = config.optimizer.matrix_lr * config.optimizer.weight_decay
-    if shrink > MAX_SHRINK:
-        lines.append(
-            f"learning rate × weight decay is {shrink:.2g} a step: weights would be gone in a few steps; this horizon is outside "
-            "the range of the rule, set optimizer.weight_decay"
-        )
     if config.num_steps < 100:
         lines.append(f"{config.num_steps} steps are few: warm-up alone takes {config.schedule.warmup_steps}; take a smaller batch")
     return lines
+
+
+def _erasing_decay(config: TrainConfig) -> list[str]:
+    """A rule carried far from where it was measured may ask for a decay that leaves nothing of the weights: no run to launch."""
+    shrink = config.optimizer.matrix_lr * config.optimizer.weight_decay
+    if shrink <= MAX_SHRINK:
+        return []
+    return [
+        f"learning rate × weight decay is {shrink:.2g} a step, the weights would be gone in a few: {config.num_tokens:.3g} tokens "
+        "are far from where this rule holds; start from a recipe or run of this scale (--recipe), fit a weight-decay law, or set "
+        "optimizer.weight_decay"
+    ]

@@ -35,6 +35,7 @@ def plan_sections(plan: LaunchPlan) -> list[Section]:
         (
             "Training",
             [
+                ("recipe", f"{plan.recipe}; packing {c.data.packing}"),
                 ("tokens D", f"{c.num_tokens:,} ({plan.tokens_per_param:.1f} per N)  ← {uses['allocation']}"),
                 ("batch", f"{c.batch_tokens:,} tokens, {c.num_steps:,} steps  ← {uses['batch_size']}"),
                 (
@@ -57,7 +58,8 @@ def plan_sections(plan: LaunchPlan) -> list[Section]:
             "Storage",
             [
                 ("checkpoint", size_text(plan.checkpoint_bytes)),
-                ("text", f"{size_text(plan.data_bytes)}, {plan.data_shards} shards of 250 MB of text"),
+                ("text", f"{size_text(plan.data_bytes)}, {plan.data_shards} shards of 250 MB of text (one for validation)"),
+                ("token shards", size_text(plan.token_bytes)),
             ],
         ),
     ]

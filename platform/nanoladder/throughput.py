@@ -14,7 +14,7 @@ from itertools import pairwise
 from nanochat_model.config import GPTConfig
 from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.errors import ConfigError
-from nanochat_model.hardware import DEVICES, DeviceSpec, find_device
+from nanochat_model.hardware import DEVICES, TERA, DeviceSpec, find_device
 from nanochat_model.record import RunRecord
 
 SECONDS_PER_HOUR = 3600.0
@@ -78,6 +78,29 @@ def flops_mistake(model: GPTConfig, claimed_flops_per_token: float) -> str | Non
     if abs(claimed_flops_per_token / right - 1) < 0.03:
         return None
     return next((name for name, value in known.items() if abs(claimed_flops_per_token / value - 1) < 0.03), None)
+
+
+def mfu_mistake(
+    model: GPTConfig, claimed_mfu: float, tokens_per_second: float, device: DeviceSpec, *, num_devices: int = 1
+) -> str | None:
+    """Which well-known mistake turns this speed into `claimed_mfu` (a share), within 3%; None where the claim is right."""
+    rate = tokens_per_second * flops_per_token(model)
+    right = rate / (device.bf16_flops * num_devices)
+    counts = count_params(model)
+    if abs(claimed_mfu / right - 1) < 0.03:
+        return None
+    known = {
+        f"divided by the peak of a {d.name}, {d.bf16_flops / TERA:g} TFLOP/s": rate / (d.bf16_flops * num_devices) for d in DEVICES
+    }
+    known |= {
+        "2N taken for 6N (the forward pass only)": right * 2 * counts.scaling / flops_per_token(model),
+        "6 × all parameters (look-ups cost no FLOPs)": right * 6 * counts.total / flops_per_token(model),
+        "the sparse peak, twice the dense one": right / 2,
+        "divided by one device's peak": right * num_devices,
+    }
+    name = next((n for n, value in known.items() if abs(claimed_mfu / value - 1) < 0.03), "no mistake known here")
+    peak = f"{num_devices} × {device.name} at {device.bf16_flops / TERA:g} TFLOP/s"
+    return f"MFU {claimed_mfu:.1%} is {name}; it is {right:.1%} of {peak}"
 
 
 def estimate_throughput(

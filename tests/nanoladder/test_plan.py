@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from nanochat_model.config import GPTConfig
+from nanochat_model.config import DataConfig, GPTConfig
 from nanochat_model.counts import count_params, count_params_2025, flops_per_token
 from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import find_device, require_device
 from nanochat_model.horizon import Horizon
 from nanochat_model.memory import choose_micro_batch_rows, estimate_memory
+from nanochat_model.overrides import apply_overrides
 from nanochat_model.recipe import NANOCHAT
 from nanochat_model.record import RunRecord
 from nanoladder.plan import Target, make_plan
 from nanoladder.plan_backwards import Goal, solve_goal
-from nanoladder.throughput import all_reduce_seconds, estimate_throughput, flops_mistake, mfu_of
+from nanoladder.recipes import find_recipe, recipe_of_run, write_recipe
+from nanoladder.throughput import all_reduce_seconds, estimate_throughput, flops_mistake, mfu_mistake, mfu_of
 
 D24 = GPTConfig.from_depth(24, window_pattern="L")
 MI300X_RUN = Target(device="mi300x", tokens_per_second=68_000)  # nanochat d24, SDPA, window L, device batch 32
@@ -170,7 +173,63 @@ def test_recorded_runs_on_the_device_tell_the_speed() -> None:
     assert not estimate_throughput(GPTConfig.from_depth(12), "mi300x", records=records).measured
 
 
-def test_decay_that_would_erase_the_weights_is_warned_of() -> None:
+def test_decay_that_would_erase_the_weights_stops_a_launch() -> None:
     plan = make_plan(GPTConfig.from_depth(4), horizon=Horizon(num_tokens=1e6), target=Target(device="cpu"))
-    assert any("weights would be gone" in w for w in plan.warnings)
-    assert not any("weights would be gone" in w for w in make_plan(GPTConfig.from_depth(12)).warnings)
+    assert any("weights would be gone" in line and "--recipe" in line for line in plan.blocking)
+    assert not make_plan(GPTConfig.from_depth(12)).blocking
+    mended = make_plan(
+        GPTConfig.from_depth(4),
+        horizon=Horizon(num_tokens=1e6),
+        target=Target(device="cpu"),
+        overrides={"optimizer.weight_decay": 0.1},
+    )
+    assert not mended.blocking
+
+
+def test_what_best_fit_drops_must_be_downloaded_too() -> None:
+    whole = make_plan(D24, data=DataConfig(packing="keep_remainder"))
+    dropped = make_plan(D24, data=DataConfig(packing="best_fit"))
+    assert whole.data_bytes == pytest.approx(whole.config.num_tokens * 4.8)
+    assert dropped.data_bytes == pytest.approx(whole.data_bytes / 0.65)
+    assert whole.data_shards == 170, "what nanochat's own script fetches for this run"
+    assert whole.token_bytes == 2 * whole.config.num_tokens
+
+
+def test_a_wrong_peak_and_other_misreadings_are_named() -> None:
+    mi300x = require_device("mi300x")
+    rate = flops_per_token(D24) * 68_000
+    assert mfu_mistake(D24, rate / 1307.4e12, 68_000, mi300x) is None
+    found = mfu_mistake(D24, rate / 312e12, 68_000, mi300x)
+    assert found is not None and "divided by the peak of a A100" in found and "it is 27.5% of 1 × MI300X" in found
+    share = 2 * count_params(D24).scaling * 68_000 / 1307.4e12
+    assert "2N taken for 6N" in (mfu_mistake(D24, share, 68_000, mi300x) or "")
+    assert "no mistake known" in (mfu_mistake(D24, 0.7, 68_000, mi300x) or "")
+
+
+def test_a_recipe_from_a_run_gives_that_run_back_and_carries_it(tmp_path) -> None:
+    base = replace(NANOCHAT, name="small", batch_size=replace(NANOCHAT.batch_size, coefficient=2.0**14, references={"D": 1e7}))
+    model = GPTConfig.from_depth(4)
+    config = base.resolve(model, Horizon(num_tokens=1e7), overrides={"optimizer.weight_decay": 0.02})
+    record = replace(recorded_run("cpu", 1e10, 4), config=config)
+    recipe = recipe_of_run(record)
+    again = recipe.resolve(model, Horizon(num_steps=config.num_steps))
+    assert again.optimizer == config.optimizer and again.batch_tokens == config.batch_tokens
+    assert again.num_steps == config.num_steps
+    larger = recipe.resolve(model, Horizon(num_tokens=8 * config.num_tokens))
+    assert larger.batch_tokens == 2 * config.batch_tokens, "8^0.383, to a power of two"
+    assert larger.optimizer.weight_decay == pytest.approx(0.02 * math.sqrt(2) / 8, rel=0.01)
+    plan = make_plan(model, horizon=Horizon(num_tokens=1e7), recipe=recipe, target=Target(device="cpu"))
+    assert not plan.blocking and "run 4cpu" in plan.recipe
+    write_recipe(recipe, tmp_path / "recipe.json")
+    assert find_recipe(laws_path=str(tmp_path / "laws.json")) == recipe, "the recipe beside the laws"
+    assert find_recipe(str(tmp_path / "recipe.json")) == recipe
+    record.save(tmp_path / "run")
+    assert find_recipe(str(tmp_path / "run")) == recipe
+    assert find_recipe() == NANOCHAT and find_recipe("demo").name == "demo"
+    none = recipe_of_run(replace(record, config=apply_overrides(config, {"optimizer.weight_decay": 0.0})))
+    assert none.resolve(model, Horizon(num_tokens=4e7)).optimizer.weight_decay == 0
+    with pytest.raises(ConfigError, match="no file and no run's folder"):
+        find_recipe("nothing")
+    (tmp_path / "bad.json").write_text('{"tokens_per_parameter": 3}')
+    with pytest.raises(ConfigError, match=r"unknown field .*tokens_per_parameter"):
+        find_recipe(str(tmp_path / "bad.json"))

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import tyro
 
-from nanochat_model.config import GPTConfig
+from nanochat_model.config import DataConfig, GPTConfig, Packing
 from nanochat_model.errors import ConfigError
+from nanochat_model.hardware import require_device
 from nanochat_model.horizon import Horizon
-from nanochat_model.recipe import NANOCHAT
 from nanoladder.cli.common import Json, Overrides, Storage, parse_overrides, print_json
 from nanoladder.plan import BYTES_PER_TOKEN, LaunchPlan, Target, make_plan
 from nanoladder.plan_backwards import Goal, solve_goal
 from nanoladder.plan_text import plan_as_dict, print_plan
+from nanoladder.recipes import find_recipe
+from nanoladder.throughput import flops_mistake, mfu_mistake
 from nanoladder.workspace import Workspace
 
 if TYPE_CHECKING:
-    from nanochat_model.config import DataConfig
     from nanochat_model.record import RunRecord
 
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="LAW ...")]
@@ -33,6 +34,19 @@ class ModelOptions:
     """Vocabulary; 0: that of the storage root's tokenizer, else 32768."""
     sequence_len: int = 2048
     window_pattern: str = "SSSL"
+    aspect_ratio: int = 64
+    """Width per layer, rounded up to whole heads."""
+    head_dim: int = 128
+
+    def shape(self, vocab_size: int) -> dict[str, Any]:
+        """Arguments of GPTConfig.from_depth besides the depth."""
+        return {
+            "vocab_size": self.vocab_size or vocab_size,
+            "sequence_len": self.sequence_len,
+            "window_pattern": self.window_pattern,
+            "aspect_ratio": self.aspect_ratio,
+            "head_dim": self.head_dim,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +104,16 @@ class Plan:
     """
 
     laws: str = ""
-    """laws.json of `nanoladder fit`; left out: nanochat's rules."""
+    """laws.json of `nanoladder fit`; left out: the recipe's rules."""
+    recipe: str = ""
+    """nanochat, demo, a recipe file, or a run's folder; left out: recipe.json beside the laws, else nanochat."""
+    packing: str = ""
+    """keep_remainder or best_fit (nanochat's, which drops about 35% of a web corpus); left out: keep_remainder with --storage,
+    else best_fit. Losses under different packings are not comparable."""
+    claimed_flops: float | None = None
+    """Training FLOPs that somebody states for this run: says which mistake they hold, if one."""
+    claimed_mfu: float | None = None
+    """With --tokens-per-second: a stated MFU (share) to check."""
     storage: Storage = ""
     """Root folder whose runs tell the speed and whose shards tell the vocabulary."""
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -105,11 +128,32 @@ class Plan:
 
     def run(self) -> int:
         plan = self.plan()
+        checks = self.checks(plan)
         if self.json:
-            print_json(plan_as_dict(plan))
+            print_json({**plan_as_dict(plan), "checks": checks})
         else:
             print_plan(plan)
+            for line in checks:
+                print(f"check: {line}")
         return 0
+
+    def checks(self, plan: LaunchPlan) -> list[str]:
+        """What is wrong, or right, with numbers that somebody stated for this run."""
+        lines = []
+        if self.claimed_flops is not None:
+            right = f"this run takes {plan.train_flops:.3g} FLOPs"
+            name = flops_mistake(plan.config.model, self.claimed_flops / plan.config.num_tokens)
+            if abs(self.claimed_flops / plan.train_flops - 1) < 0.03:
+                lines.append(f"{self.claimed_flops:.3g} FLOPs agree: {right}")
+            else:
+                lines.append(f"{self.claimed_flops:.3g}: {f'counted as {name}' if name else 'no known miscount gives it'}; {right}")
+        if self.claimed_mfu is not None:
+            if self.target.tokens_per_second is None:
+                raise ConfigError("claimed_mfu needs the speed it was computed from; give --tokens-per-second")
+            spec, model = require_device(self.target.device), plan.config.model
+            found = mfu_mistake(model, self.claimed_mfu, self.target.tokens_per_second, spec, num_devices=self.target.num_devices)
+            lines.append(found or f"MFU {self.claimed_mfu:.1%} agrees")
+        return lines
 
     def plan(self) -> LaunchPlan:
         """The plan that the options describe."""
@@ -118,12 +162,9 @@ class Plan:
         records, data, vocab, bytes_per_token = self.known()
         laws = read_laws(self.laws)
         target, overrides = self.target.target(), parse_overrides(self.set)
-        resolved = recipe_from_laws(laws, NANOCHAT, accept=self.accept_law, without=self.without_law)
-        shape: dict[str, Any] = {
-            "vocab_size": self.model.vocab_size or vocab,
-            "sequence_len": self.model.sequence_len,
-            "window_pattern": self.model.window_pattern,
-        }
+        recipe = find_recipe(self.recipe, self.laws)
+        resolved = recipe_from_laws(laws, recipe, accept=self.accept_law, without=self.without_law)
+        shape = self.model.shape(vocab)
         horizon = self.horizon()
         if self.model.depth is not None:
             model = GPTConfig.from_depth(self.model.depth, **shape)
@@ -145,6 +186,7 @@ class Plan:
             model,
             horizon=horizon,
             laws=laws,
+            recipe=recipe,
             target=target,
             records=records,
             data=data,
@@ -171,12 +213,16 @@ class Plan:
 
     def known(self) -> tuple[list[RunRecord], DataConfig | None, int, float]:
         """Records, data, vocabulary and bytes per token of the storage root, or the defaults without one."""
+        if self.packing not in ("", *get_args(Packing)):
+            raise ConfigError(f"packing {self.packing!r} must be one of {', '.join(get_args(Packing))}")
+        unknown = DataConfig(packing=cast("Packing", self.packing)) if self.packing else None
         if not self.storage:
-            return [], None, 32768, BYTES_PER_TOKEN
+            return [], unknown, 32768, BYTES_PER_TOKEN
         root = Workspace(self.storage)
         if not (root.shards_dir / "manifest.json").exists():
-            return root.records(), None, 32768, BYTES_PER_TOKEN
-        return root.records(), root.data_config(), root.vocab_size, root.bytes_per_token
+            return root.records(), unknown, 32768, BYTES_PER_TOKEN
+        data = root.data_config(cast("Packing", self.packing or "keep_remainder"))
+        return root.records(), data, root.vocab_size, root.bytes_per_token
 
 
 @dataclass(frozen=True, kw_only=True)
