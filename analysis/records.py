@@ -48,6 +48,8 @@ def read_record(path: Path) -> tuple[dict[str, Any], np.ndarray]:
     if not isinstance(record, dict) or record.get("schema_version") != RECORD_SCHEMA:
         found = record.get("schema_version") if isinstance(record, dict) else type(record).__name__
         raise DataError(f"record schema {found!r}, this version reads {RECORD_SCHEMA}")
+    if record.get("kind", "base") != "base":
+        raise DataError(f"kind {record['kind']!r}: a fine-tuning is no point of a scaling law")
     try:
         return _row(record), _curve(record)
     except (KeyError, TypeError, AttributeError) as e:

@@ -35,6 +35,7 @@ class RunRecord:
 
     schema_version: int = SCHEMA_VERSION
     run_id: str
+    kind: Literal["base", "sft"] = "base"  # a fine-tuning is no point of a scaling law
     status: Status
     name: str = ""
     sweep: str = ""

@@ -1,7 +1,11 @@
-"""Supervised fine-tuning on conversations: the pretraining loop with another source of batches and a warm-started optimizer.
+"""Supervised fine-tuning: the pretraining loop with conversations for batches and a base checkpoint to start from.
 
 The loss covers what the assistant says; padding and everything else has the target -1. Values are nanochat's chat_sft: learning
 rates 0.8 of those the base was trained with, weight decay 0, momentum states taken over, warm-down to 0 over the last half.
+
+A fine-tuning is a run like any other: its TrainConfig holds all that determines it (the conversations by data.manifest_hash, the
+base by trunk), `finetune` has pretrain's signature, and its record.json says kind "sft". `sft` makes that config from a base
+checkpoint, conversations and an SFTConfig.
 """
 
 from __future__ import annotations
@@ -9,49 +13,43 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanochat_model import device as devices
 from nanochat_model.callbacks import Callback, Callbacks
-from nanochat_model.checkpoint import (
-    CHECKPOINTS_DIR,
-    CheckpointState,
-    checkpoint_hash,
-    find_latest,
-    load_weights,
-    read_optimizer_state,
-    read_state,
-    resolve,
-)
+from nanochat_model.checkpoint import CheckpointState, checkpoint_hash, load_weights, read_optimizer_state, read_state, resolve
 from nanochat_model.checkpoint import tokenizer_dir as find_tokenizer
 from nanochat_model.config import EvalConfig, RuntimeConfig, TrainConfig
-from nanochat_model.conversations import ConversationLoader, ConversationSet, read_conversations, split_conversations
+from nanochat_model.conversation_set import ConversationLoader
 from nanochat_model.distributed import Ranks, barrier, current_ranks, on_main
 from nanochat_model.errors import ConfigError
 from nanochat_model.evaluate import evaluate_loss
-from nanochat_model.identity import content_hash, from_dict, write_atomic
+from nanochat_model.identity import from_dict, run_id, write_atomic
 from nanochat_model.loader import rank_rows
 from nanochat_model.loop import Batch
-from nanochat_model.record import CurvePoint, Status
-from nanochat_model.resume import Start
+from nanochat_model.mixture import Source
+from nanochat_model.out_of_memory import halve, is_out_of_memory, limited, read_limit, release_memory
+from nanochat_model.record import RECORD_FILE, RunRecord, Status
+from nanochat_model.resume import Start, own_start
 from nanochat_model.runner import Runner
-from nanochat_model.session import Session, build_stepper
+from nanochat_model.session import Prefetcher, Session, build_stepper
+from nanochat_model.sft_data import Report, SFTData, SourceCounts, prepare
 from nanochat_model.tokenizer import Tokenizer
-from nanochat_model.train import DEFAULT_RUNTIME, iso_time, restore_progress, run_to_end
-from nanochat_model.version import git_commit
+from nanochat_model.train import CONFIG_FILE, DEFAULT_RUNTIME, Labels, make_record, may_go_on, restore_progress, run_to_end
 
-RECORD_FILE = "sft.json"  # not record.json: a fine-tuning is no point of a scaling law
-SCHEMA_VERSION = 1
+FACTS_FILE = "sft.json"  # beside record.json: what only a fine-tuning has
+SCHEMA_VERSION = 2
+WITH_OPTIMIZER, WEIGHTS_ALONE = "sft:", "sft-weights:"  # how a config's trunk begins; the base checkpoint's hash follows
+TRAIN_FUNCTION = "nanochat_model.sft:finetune"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     """What determines a fine-tuning, beside base checkpoint and conversations. Everything else is the base's."""
 
-    num_epochs: float = 1.0  # over the training conversations
+    num_epochs: float = 1.0  # passes over the mixture
     num_steps: int = 0  # instead of epochs, if over 0
     batch_tokens: int = 0  # 0: the base's
     lr_fraction: float = 0.8  # of the learning rates the base was trained with
@@ -62,8 +60,9 @@ class SFTConfig:
     momentum_end: float = 0.95
     momentum_warmup_steps: int = 300
     warm_start: bool = True  # take over the base's optimizer state
-    val_fraction: float = 0.1  # conversations held out, by hash
+    val_fraction: float = 0.1  # conversations held out, by hash, where no source is held out as a whole
     eval_every_steps: int = 0  # 0: before and after only
+    eval_tokens: int = 0  # of the held-out conversations; 0: all
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,58 +79,49 @@ class SFTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTRecord:
-    """One finished fine-tuning (sft.json). Losses are nats a supervised token of the held-out conversations; the curve's
-    val_bpb is in bits per byte of the assistant's text."""
+    """What sft.json says beyond the run's record.json. Losses are nats a supervised token of the held-out conversations; the
+    record's val_bpb is in bits per byte of the assistant's text."""
 
     schema_version: int = SCHEMA_VERSION
-    kind: str = "sft"
-    sft_id: str
+    run_id: str
     status: Status
     name: str = ""
-    config: SFTConfig
-    train_config: TrainConfig  # resolved: what the loop ran
+    train_config: TrainConfig
     val_loss_before: float
     val_loss_after: float | None = None
-    num_conversations: int
+    num_conversations: int  # of one pass over the mixture, repeats counted
     num_val_conversations: int
     num_truncated: int  # longer than a row, cut at the end
-    num_supervised_tokens: int  # in one epoch
+    num_supervised_tokens: int  # in one pass
     num_steps: int
     skipped_steps: int  # without a supervised token, or not finite
-    curve: tuple[CurvePoint, ...] = ()
+    sources: tuple[SourceCounts, ...] = ()
     error: str | None = None
-    device: str = ""
-    num_devices: int = 1
-    train_seconds: float = 0.0
-    git_commit: str = ""
     parents: dict[str, str] = field(default_factory=dict)  # base, conversations, tokenizer -> content hash
-    started_at: str = ""
-    finished_at: str = ""
 
     def save(self, run_dir: Path) -> None:
-        write_atomic(run_dir / RECORD_FILE, json.dumps(asdict(self), indent=1, allow_nan=False))
+        write_atomic(run_dir / FACTS_FILE, json.dumps(asdict(self), indent=1, allow_nan=False))
 
     @classmethod
     def load(cls, run_dir: str | Path) -> SFTRecord:
         """Raises ConfigError on a missing or broken file."""
-        path = Path(run_dir) / RECORD_FILE
+        path = Path(run_dir) / FACTS_FILE
         try:
             data = json.loads(path.read_text(encoding="utf8"))
         except (OSError, ValueError) as e:
-            raise ConfigError(f"{path}: not readable ({e}); delete it to fine-tune again") from None
+            raise ConfigError(f"{path}: not readable ({e}); delete it and {RECORD_FILE} to fine-tune again") from None
         if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
             raise ConfigError(f"{path}: another schema than {SCHEMA_VERSION}; use the release that wrote it")
         return from_dict(cls, data, f"{path}: ")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Data:
-    """Conversations of one fine-tuning, rendered."""
+class Plan:
+    """A fine-tuning that is ready to run: `finetune(plan.config, …, start_from=plan.base)`."""
 
-    train: ConversationSet
-    val: ConversationSet
-    tokenizer: Tokenizer
-    folder: Path  # of the tokenizer
+    config: TrainConfig
+    base: Path
+    data: SFTData
 
 
 def sft(
@@ -139,69 +129,150 @@ def sft(
     runtime: RuntimeConfig = DEFAULT_RUNTIME,
     *,
     base_checkpoint: str | Path,
-    conversations: str | Path,
+    conversations: str | Path | Sequence[str | Source],
     run_dir: str | Path,
+    tasks_dir: str | Path = "",
+    data_root: str | Path = "",
+    callbacks: Sequence[Callback] = (),
+    resume: bool = True,
+    report: Report | None = None,
+    **labels: Any,
+) -> SFTRecord:
+    """Fine-tune `base_checkpoint` (a checkpoint, run or checkpoints folder) in `run_dir`.
+
+    `conversations`: a path, or sources (see mixture.Source.parse: datasets of `tasks_dir` or paths, each "NAME=EPOCHS"). They are
+    rendered into `data_root` (default: a folder of the run). A complete record that is there already is returned; an interrupted
+    run goes on to the same bits. Under several ranks all call it. `labels`: name, sweep, stage, tags as in pretrain. Raises
+    ConfigError on unfit input; values that stay non-finite give a record with status "failed".
+    """
+    root = data_root or Path(run_dir) / "conversations"
+    plan = plan_sft(config, base_checkpoint, conversations, root, tasks_dir=tasks_dir, report=report)
+    finetune(plan.config, runtime, run_dir=run_dir, start_from=plan.base, callbacks=callbacks, resume=resume, **labels)
+    return SFTRecord.load(run_dir)
+
+
+def plan_sft(
+    config: SFTConfig,
+    base_checkpoint: str | Path,
+    conversations: str | Path | Sequence[str | Source],
+    data_root: str | Path,
+    *,
+    tasks_dir: str | Path = "",
+    report: Report | None = None,
+) -> Plan:
+    """Prepare the conversations and resolve the run's config. Under several ranks all call it and rank 0 does the work."""
+    given = [str(conversations)] if isinstance(conversations, str | Path) else conversations
+    sources = [s if isinstance(s, Source) else Source.parse(s) for s in given]
+
+    def work() -> tuple[TrainConfig, Path]:
+        base = resolve(base_checkpoint)
+        state = read_state(base)
+        tokenizer = _tokenizer(base, state)
+        data = prepare(
+            sources, tokenizer, data_root, tasks_dir=tasks_dir, val_fraction=config.val_fraction, seed=config.seed, report=report
+        )
+        return resolve_config(config, state, checkpoint_hash(base), data), base
+
+    train_config, base = on_main(work)
+    return Plan(config=train_config, base=base, data=SFTData.open(train_config.data.path, Tokenizer.load(find_tokenizer(base))))
+
+
+def finetune(
+    config: TrainConfig,
+    runtime: RuntimeConfig = DEFAULT_RUNTIME,
+    *,
+    run_dir: str | Path,
+    start_from: str | Path,
     callbacks: Sequence[Callback] = (),
     resume: bool = True,
     name: str = "",
-) -> SFTRecord:
-    """Fine-tune `base_checkpoint` (a checkpoint, run or checkpoints folder) on `conversations` (jsonl or parquet) in `run_dir`.
-
-    A complete sft.json that is there already is returned; an interrupted run goes on. Under several ranks all call it. Raises
-    ConfigError on unfit input; values that stay non-finite give a record with status "failed".
-    """
+    sweep: str = "",
+    stage: str = "sft",
+    tags: Mapping[str, str] | None = None,
+    backend: str = "process",
+    attempts: int = 1,
+) -> RunRecord:
+    """Run a resolved fine-tuning: pretrain's signature and behaviour, `start_from` being the base checkpoint that
+    `config.trunk` names and `config.data.path` a folder of prepared conversations."""
     started = time.time()
     ranks, run_dir = current_ranks(), Path(run_dir)
-    base = on_main(lambda: resolve(base_checkpoint))
-    state = read_state(base)
-    data = _read_data(config, base, state, conversations)
-    parents = {"base": checkpoint_hash(base), "conversations": data.train.hash, "tokenizer": data.tokenizer.hash}
-    sft_id = content_hash([asdict(config), parents])
-    existing, start = on_main(lambda: _prepare(run_dir, sft_id, resume))
+    existing, start, base = on_main(lambda: _prepare_run(config, run_dir, resume, start_from))
     if existing is not None:
         return existing
-    train_config = resolve_config(config, state, data.train)
-    session, loader = _build_session(train_config, runtime, ranks, data, parents)
+    tokenizer = _tokenizer(base, read_state(base))
+    data = SFTData.open(config.data.path, tokenizer)
+    if data.hash != config.data.manifest_hash:
+        raise ConfigError(f"conversations at {config.data.path} are {data.hash}, the config says {config.data.manifest_hash}")
+    labels = Labels(name=name, sweep=sweep, stage=stage, tags=dict(tags or {}), backend=backend, attempts=attempts)
+    task = _Task(config=config, base=base, data=data, tokenizer=tokenizer, run_dir=run_dir, labels=labels, started=started)
+    record, error = _attempt(task, runtime, ranks, start, callbacks)
+    if error is not None and ranks.world_size == 1 and may_go_on(run_dir, record):
+        error = None  # it holds on to the tensors of the attempt
+        release_memory()
+        record, error = _attempt(task, runtime, ranks, own_start(config, run_dir, "refuse") or start, callbacks)
+    if error is not None:
+        raise error
+    return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What an attempt needs, whichever it is."""
+
+    config: TrainConfig
+    base: Path
+    data: SFTData
+    tokenizer: Tokenizer
+    run_dir: Path
+    labels: Labels
+    started: float
+
+
+def _attempt(
+    task: _Task, runtime: RuntimeConfig, ranks: Ranks, start: Start | None, callbacks: Sequence[Callback]
+) -> tuple[RunRecord, Exception | None]:
+    """Train from `start` to the end; the record, which is saved, and what ended the run before its time."""
+    limit = read_limit(task.run_dir)
+    session, loader = _build_session(task, limited(runtime, limit), ranks)
     if start is None:
-        load_weights(session.model, base)
-        if config.warm_start:
-            _warm_start(session.optimizer, base)
+        load_weights(session.model, task.base)
+        if task.config.trunk.startswith(WITH_OPTIMIZER):
+            _warm_start(session.optimizer, task.base)
     progress = restore_progress(session, start)
     before = start.state.extra["val_loss_before"] if start else evaluate_loss(session.model, session.validation)
     calls = Callbacks(callbacks)
-    extra = {"sft_id": sft_id, "sft": asdict(config), "val_loss_before": before}
-    runner = Runner(session, progress, calls, run_dir=run_dir, parents=parents, kind="sft", extra=extra)
+    extra = {"val_loss_before": before}
+    runner = Runner(session, progress, calls, run_dir=task.run_dir, parents=session.parents, kind="sft", extra=extra)
     status, reason, error = run_to_end(runner)
-    record = SFTRecord(
-        sft_id=sft_id,
-        status=status,
-        name=name,
-        config=config,
-        train_config=train_config,
+    if error is not None and is_out_of_memory(error):
+        limit = halve(task.run_dir, session.stepper.micro_batch_rows, progress.step) or limit
+    record = make_record(session, progress, task.labels, status, reason, session.parents, task.started)
+    record = replace(record, kind="sft", out_of_memory=limit.history if limit is not None else ())
+    after = evaluate_loss(session.model, session.validation) if record.status == "complete" else None
+    facts = SFTRecord(
+        run_id=record.run_id,
+        status=record.status,
+        name=record.name,
+        train_config=task.config,
         val_loss_before=before,
-        val_loss_after=evaluate_loss(session.model, session.validation) if status == "complete" else None,
-        num_conversations=len(data.train),
-        num_val_conversations=len(data.val),
+        val_loss_after=after,
+        num_conversations=len(task.data.train),
+        num_val_conversations=len(task.data.val),
         num_truncated=loader.num_truncated,
-        num_supervised_tokens=data.train.num_supervised_tokens,
+        num_supervised_tokens=task.data.train.num_supervised_tokens,
         num_steps=progress.step,
         skipped_steps=progress.skipped_steps,
-        curve=tuple(progress.curve),
-        error=reason,
-        device=devices.device_name(session.device),
-        num_devices=ranks.world_size,
-        train_seconds=progress.clock.seconds,
-        git_commit=git_commit(),
-        parents=parents,
-        started_at=iso_time(started),
-        finished_at=iso_time(time.time()),
+        sources=task.data.sources,
+        error=record.error,
+        parents=session.parents,
     )
     if ranks.is_main:
-        record.save(run_dir)
-    if error is not None:
-        raise error
-    barrier()
-    return record
+        facts.save(task.run_dir)  # first: a record that is there has its facts beside it
+        record.save(task.run_dir)
+    if error is None:
+        barrier()
+        calls.call("on_end", record)
+    return record, error
 
 
 def _warm_start(optimizer: Any, base: Path) -> None:
@@ -211,7 +282,7 @@ def _warm_start(optimizer: Any, base: Path) -> None:
     optimizer.load_consolidated(state)
 
 
-def resolve_config(config: SFTConfig, base: CheckpointState, train: ConversationSet) -> TrainConfig:
+def resolve_config(config: SFTConfig, base: CheckpointState, base_hash: str, data: SFTData) -> TrainConfig:
     """The loop's config: the base's model, precision and learning rates (× lr_fraction), with SFT's schedule and horizon."""
     inherited = base.config or TrainConfig(model=base.model, batch_tokens=32 * base.model.sequence_len)
     batch_tokens = config.batch_tokens or inherited.batch_tokens
@@ -221,10 +292,11 @@ def resolve_config(config: SFTConfig, base: CheckpointState, train: Conversation
     if config.num_steps:
         num_steps = config.num_steps
     else:
+        length = base.model.sequence_len
         rows = ConversationLoader(
-            train, sequence_len=base.model.sequence_len, rows_per_batch=batch_tokens // base.model.sequence_len, seed=config.seed
-        )
-        num_steps = max(1, round(config.num_epochs * rows.rows_per_epoch / rows.rows_per_batch))
+            data.train, sequence_len=length, rows_per_batch=max(1, batch_tokens // length), seed=config.seed
+        ).rows_per_epoch
+        num_steps = max(1, round(config.num_epochs * rows * length / batch_tokens))
     schedule = replace(
         inherited.schedule,
         kind="nanochat",
@@ -240,54 +312,48 @@ def resolve_config(config: SFTConfig, base: CheckpointState, train: Conversation
         inherited,
         optimizer=optimizer,
         schedule=schedule,
-        eval=EvalConfig(num_tokens=0, every_steps=config.eval_every_steps),
+        data=data.data_config,
+        eval=EvalConfig(num_tokens=config.eval_tokens, every_steps=config.eval_every_steps),
         batch_tokens=batch_tokens,
         num_steps=num_steps,
         seed=config.seed,
-        trunk="",
+        trunk=(WITH_OPTIMIZER if config.warm_start else WEIGHTS_ALONE) + base_hash,
     )
 
 
-def _read_data(config: SFTConfig, base: Path, state: CheckpointState, conversations: str | Path) -> _Data:
+def _tokenizer(base: Path, state: CheckpointState) -> Tokenizer:
     folder = find_tokenizer(base)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size != state.model.vocab_size:
         raise ConfigError(
             f"tokenizer at {folder} has {tokenizer.vocab_size} ids, the model {state.model.vocab_size}; give the model's own"
         )
-    train, val = split_conversations(read_conversations(conversations), config.val_fraction)
-    if not train or not val:
-        raise ConfigError(
-            f"{conversations}: {len(train)} conversations to train on and {len(val)} held out at val_fraction "
-            f"{config.val_fraction}; give more conversations or another fraction"
-        )
-    return _Data(train=ConversationSet(train, tokenizer), val=ConversationSet(val, tokenizer), tokenizer=tokenizer, folder=folder)
+    return tokenizer
 
 
-def _prepare(run_dir: Path, sft_id: str, resume: bool) -> tuple[SFTRecord | None, Start | None]:
-    """On rank 0: the complete record that is there already, or the checkpoint to go on from."""
-    if not resume:
-        return None, None
-    if (run_dir / RECORD_FILE).is_file():
-        record = SFTRecord.load(run_dir)
-        if record.sft_id != sft_id:
+def _prepare_run(
+    config: TrainConfig, run_dir: Path, resume: bool, start_from: str | Path
+) -> tuple[RunRecord | None, Start | None, Path]:
+    """On rank 0: the complete record that is there already, the checkpoint to go on from, and the base. Writes config.json."""
+    base = resolve(start_from)
+    found = checkpoint_hash(base)
+    if config.trunk not in (WITH_OPTIMIZER + found, WEIGHTS_ALONE + found):
+        raise ConfigError(f"{base} is checkpoint {found}, but config.trunk says {config.trunk!r}; give the base it was made for")
+    if resume and (run_dir / RECORD_FILE).is_file():
+        record = RunRecord.load(run_dir)
+        if record.run_id != run_id(config):
             raise ConfigError(
-                f"{run_dir / RECORD_FILE} is of another fine-tuning ({record.sft_id}, not {sft_id}); give another folder"
+                f"{run_dir / RECORD_FILE} is of another run ({record.run_id}, not {run_id(config)}); give another folder"
             )
         if record.status == "complete":
-            return record, None
-    path = find_latest(run_dir / CHECKPOINTS_DIR)
-    if path is None:
-        return None, None
-    state = read_state(path)
-    if state.extra.get("sft_id") != sft_id:
-        raise ConfigError(f"{path} is of another run ({state.extra.get('sft_id', state.kind)}, not {sft_id}); give another folder")
-    return None, Start(path=path, state=state)
+            return record, None, base
+    start = own_start(config, run_dir, "refuse") if resume else None
+    write_atomic(run_dir / CONFIG_FILE, json.dumps({"run_id": run_id(config), **asdict(config)}, indent=1))
+    return None, start, base
 
 
-def _build_session(
-    config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks, data: _Data, parents: dict[str, str]
-) -> tuple[Session, ConversationLoader]:
+def _build_session(task: _Task, runtime: RuntimeConfig, ranks: Ranks) -> tuple[Session, ConversationLoader]:
+    config, data = task.config, task.data
     model, optimizer, stepper, device = build_stepper(config, runtime, ranks)
     rows, length = config.rows_per_batch, config.model.sequence_len
     loader = ConversationLoader(data.train, sequence_len=length, rows_per_batch=rows, seed=config.seed)
@@ -305,10 +371,10 @@ def _build_session(
         model=model,
         optimizer=optimizer,
         stepper=stepper,
-        batch=batch,
-        validation=ConversationLoader(data.val, sequence_len=length, rows_per_batch=1).epoch(),
-        token_bytes=data.tokenizer.token_bytes(),
-        tokenizer_dir=data.folder,
-        parents=parents,
+        batch=Prefetcher(batch, config.num_steps) if device.type == "cuda" else batch,
+        validation=ConversationLoader(data.val, sequence_len=length, rows_per_batch=1).epoch(config.eval.num_tokens // length),
+        token_bytes=task.tokenizer.token_bytes(),
+        tokenizer_dir=find_tokenizer(task.base),
+        parents={"base": checkpoint_hash(task.base), "conversations": data.hash, "tokenizer": data.tokenizer_hash},
     )
     return session, loader

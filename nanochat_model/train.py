@@ -93,7 +93,7 @@ def pretrain(
     if runtime.core_bundle:
         on_main(lambda: locate(runtime.core_bundle))  # a wrong path is told now, not hours from now
     record, error = _attempt(config, runtime, ranks, run_dir, start, callbacks, labels, started)
-    if error is not None and ranks.world_size == 1 and _may_go_on(run_dir, record):
+    if error is not None and ranks.world_size == 1 and may_go_on(run_dir, record):
         error = None  # it holds on to the tensors of the attempt
         release_memory()
         start = own_start(config, run_dir, horizon_change) or start
@@ -127,7 +127,7 @@ def _attempt(
     status, reason, error = run_to_end(runner)
     if error is not None and is_out_of_memory(error):  # on whichever rank it happened
         limit = halve(run_dir, session.stepper.micro_batch_rows, progress.step) or limit
-    record = _make_record(session, progress, labels, status, reason, parents, started)
+    record = make_record(session, progress, labels, status, reason, parents, started)
     if limit is not None:
         record = replace(record, out_of_memory=limit.history)
     if ranks.is_main:
@@ -138,7 +138,7 @@ def _attempt(
     return record, error
 
 
-def _may_go_on(run_dir: Path, record: RunRecord) -> bool:
+def may_go_on(run_dir: Path, record: RunRecord) -> bool:
     """Whether this attempt ran out of memory and a smaller micro-batch is left to try."""
     limit = read_limit(run_dir)
     return limit is not None and limit.rows < record.micro_batch_rows
@@ -237,7 +237,7 @@ def load_optimizer(optimizer: Any, path: Path) -> None:
     optimizer.load_consolidated(state)
 
 
-def _make_record(
+def make_record(
     session: Session,
     progress: Progress,
     labels: Labels,

@@ -1,4 +1,4 @@
-"""Rows of a dataset's files: parquet, jsonl and json, by themselves or in a folder of the hub's layout."""
+"""Rows of a dataset's files: parquet and jsonl, by themselves or in a folder of the hub's layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from nanochat_model.errors import ConfigError
 
-SUFFIXES = (".parquet", ".jsonl", ".json")
+SUFFIXES = (".parquet", ".jsonl")
 _CHUNK_ROWS = 256
 
 
@@ -32,19 +32,18 @@ def split_files(folder: Path, subset: str, split: str) -> list[Path]:
         within = [p for p in (base / split).iterdir() if p.suffix in SUFFIXES] if (base / split).is_dir() else []
         named = re.compile(rf"{re.escape(split)}([-._].*)?")
         beside = [p for p in base.iterdir() if p.is_file() and p.suffix in SUFFIXES and named.fullmatch(p.stem)]
-        found = sorted(p for p in (within or beside) if p.name != "manifest.json")
-        if found:
-            return found
+        if within or beside:
+            return sorted(within or beside)
     return []
 
 
 def files_of(path: Path) -> list[Path]:
     """`path` itself, or the data files in a folder. ConfigError when there is none."""
     if not path.exists():
-        raise ConfigError(f"{str(path)!r} does not exist; give a {', '.join(SUFFIXES)} file, or a folder of them")
+        raise ConfigError(f"{str(path)!r} does not exist; give a {' or '.join(SUFFIXES)} file, or a folder of them")
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()) if path.is_dir() else [path]
     if not files or files[0].suffix not in SUFFIXES:
-        raise ConfigError(f"{str(path)!r} holds no {', '.join(SUFFIXES)} file; give one, or a folder of them")
+        raise ConfigError(f"{str(path)!r} holds no {' or '.join(SUFFIXES)} file; give one, or a folder of them")
     return files
 
 
@@ -79,7 +78,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise ConfigError(f"{where}: not valid JSON at character {e.pos} (cut short?); mend or remove the line") from None
             value = {"messages": value} if isinstance(value, list) else value
             if not isinstance(value, dict):
-                raise ConfigError(f"{where}: holds a {type(value).__name__}, not an object; mend or remove the line")
+                raise ConfigError(f"{where}: not a JSON object; mend or remove the line")
             yield where, value
 
 

@@ -43,9 +43,9 @@ def finetune(size: DemoSize, workspace: Workspace, production: RunRecord, progre
         name="demo",
     )
     if record.status != "complete":
-        raise RuntimeError(f"fine-tuning {record.sft_id} ended as {record.status}: {record.error}")
+        raise RuntimeError(f"fine-tuning {record.run_id} ended as {record.status}: {record.error}")
     losses = f"held-out loss {record.val_loss_before:.2f} → {record.val_loss_after:.2f} nats a token"
-    return {"hash": record.sft_id, "folder": str(folder), "summary": f"{record.num_conversations} conversations, {losses}"}
+    return {"hash": record.run_id, "folder": str(folder), "summary": f"{record.num_conversations} conversations, {losses}"}
 
 
 def reply(folder: Path, prompt: str, max_tokens: int) -> str:

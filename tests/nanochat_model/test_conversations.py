@@ -17,20 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from small_text import texts
 
-from nanochat_model.conversations import (
-    IGNORED,
-    ConversationLoader,
-    ConversationSet,
-    checked_conversation,
-    demo_conversations,
-    read_conversations,
-    render_conversation,
-    render_prompt,
-    split_conversations,
-    write_demo_conversations,
-)
+from nanochat_model.conversation_set import IGNORED, ConversationLoader, ConversationSet
+from nanochat_model.conversations import checked_conversation, read_conversations, render_conversation, render_prompt
+from nanochat_model.demo_conversations import demo_conversations, write_demo_conversations
 from nanochat_model.demo_facts import EXPRESSIONS, PYTHON_NAMES
 from nanochat_model.errors import ConfigError
+from nanochat_model.mixture import is_held_out
 from nanochat_model.tokenizer import Tokenizer
 
 
@@ -94,7 +86,7 @@ def test_a_prompt_ends_where_the_assistant_begins(tokenizer: Tokenizer) -> None:
 
 
 def loader_of(conversations: list[Any], tokenizer: Tokenizer, T: int = 128, rows: int = 4, seed: int = 0) -> ConversationLoader:
-    return ConversationLoader(ConversationSet(conversations, tokenizer), sequence_len=T, rows_per_batch=rows, seed=seed)
+    return ConversationLoader(ConversationSet.render(conversations, tokenizer), sequence_len=T, rows_per_batch=rows, seed=seed)
 
 
 def test_an_epoch_holds_every_conversation_whole_and_once(conversations: list[Any], tokenizer: Tokenizer) -> None:
@@ -169,7 +161,7 @@ def test_jsonl_lists_and_parquet_read_alike(tmp_path: Path) -> None:
 BAD = [
     ('{"messages": []}', 'no list "messages"'),
     ('{"text": "x"}', 'no list "messages"'),
-    ("3", 'no list "messages"'),
+    ("3", "not a JSON object"),
     ('{"messages": [{"role": "assistant", "content": "x"}]}', "message 1 has role 'assistant', must be 'user'"),
     ('{"messages": [{"role": "system", "content": "x"}]}', "a system message alone"),
     (json.dumps(talk("a", "b")).replace("assistant", "user"), "message 2 has role 'user', must be 'assistant'"),
@@ -194,7 +186,7 @@ def test_bad_conversations_are_named(tmp_path: Path, line: str, message: str) ->
 
 
 def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="do not exist"):
+    with pytest.raises(ConfigError, match="does not exist"):
         read_conversations(tmp_path / "none")
     (tmp_path / "a.jsonl").write_bytes(b"\n")
     with pytest.raises(ConfigError, match="none found"):
@@ -203,7 +195,7 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a\.jsonl: line 1: not UTF-8"):
         read_conversations(tmp_path)
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "b.parquet")
-    with pytest.raises(ConfigError, match=r"b\.parquet: no column 'messages', only 'text'"):
+    with pytest.raises(ConfigError, match=r"b\.parquet: row 0: no list \"messages\""):
         read_conversations(tmp_path / "b.parquet")
 
 
@@ -252,7 +244,6 @@ def test_every_python_name_of_the_demo_exists() -> None:
 
 def test_the_split_is_by_content() -> None:
     found = demo_conversations(300)
-    train, val = split_conversations(found, 0.1)
-    assert len(train) + len(val) == 300 and 10 <= len(val) <= 55
-    again = split_conversations(found[::-1], 0.1)
-    assert (again[0][::-1], again[1][::-1]) == (train, val)
+    held_out = [is_held_out(c["messages"], 0.1) for c in found]
+    assert 10 <= sum(held_out) <= 55
+    assert [is_held_out(c["messages"], 0.1) for c in found[::-1]] == held_out[::-1]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import RUNTIME, tiny_config, tiny_shards
+from tiny_run import RUNTIME, tiny_config
 
 from nanochat_model.callbacks import Callback, StepInfo
 from nanochat_model.checkpoint import (
@@ -22,11 +22,12 @@ from nanochat_model.checkpoint import (
     save_checkpoint,
 )
 from nanochat_model.config import TrainConfig
-from nanochat_model.conversations import ConversationLoader, ConversationSet
+from nanochat_model.conversation_set import ConversationLoader
 from nanochat_model.errors import ConfigError
 from nanochat_model.loop import Batch
+from nanochat_model.record import RunRecord
 from nanochat_model.session import build_stepper
-from nanochat_model.sft import SFTConfig, SFTRecord, resolve_config, sft
+from nanochat_model.sft import SFTConfig, SFTRecord, plan_sft, resolve_config, sft
 from nanochat_model.train import pretrain
 
 SIZE = {"model__sequence_len": 64, "batch_tokens": 256, "num_steps": 8}
@@ -70,21 +71,22 @@ def test_learns_what_the_assistant_says_and_records_it(base: Path, conversations
     record = sft(CONFIG, RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path)
     assert record.status == "complete" and record.val_loss_after is not None
     assert record.val_loss_after < record.val_loss_before - 0.1
-    assert SFTRecord.load(tmp_path) == record and record.kind == "sft"
+    assert SFTRecord.load(tmp_path) == record
+    run = RunRecord.load(tmp_path)
+    assert run.kind == "sft" and run.run_id == record.run_id and run.stage == "sft"
+    assert run.val_bpb == run.curve[-1].val_bpb and run.parents == record.parents
     assert record.parents["base"] == checkpoint_hash(find_latest(base / CHECKPOINTS_DIR))
     assert record.num_conversations + record.num_val_conversations == 40 and record.num_truncated == 0
-    assert [p.step for p in record.curve] == [6, 12]
+    assert [p.step for p in run.curve] == [6, 12]
     assert read_state(find_latest(tmp_path / CHECKPOINTS_DIR)).kind == "sft"
     assert load_model(tmp_path).config == load_model(base).config
     again = sft(CONFIG, RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path)
     assert again == record
 
 
-def test_inherits_rates_and_decays_to_zero(base: Path) -> None:
+def test_inherits_rates_and_decays_to_zero(base: Path, conversations: Path, tmp_path: Path) -> None:
     state = read_state(find_latest(base / CHECKPOINTS_DIR))
-    tokenizer = tiny_shards().tokenizer
-    talk = ConversationSet([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], tokenizer)
-    config = resolve_config(SFTConfig(num_steps=10), state, talk)
+    config = plan_sft(SFTConfig(num_steps=10), base, conversations, tmp_path).config
     assert state.config is not None
     assert config.optimizer.matrix_lr == pytest.approx(0.8 * state.config.optimizer.matrix_lr)
     assert config.optimizer.embedding_lr == pytest.approx(0.8 * state.config.optimizer.embedding_lr)
@@ -96,13 +98,12 @@ def test_inherits_rates_and_decays_to_zero(base: Path) -> None:
     assert multipliers_at(config, 9).momentum == pytest.approx(0.85 + 0.1 * 9 / 300)
 
 
-def test_an_epoch_is_the_horizon_when_no_steps_are_given(base: Path) -> None:
-    state = read_state(find_latest(base / CHECKPOINTS_DIR))
-    tokenizer = tiny_shards().tokenizer
-    talk = [{"messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "d" * 40}]} for _ in range(16)]
-    data = ConversationSet(talk, tokenizer)
-    rows = ConversationLoader(data, sequence_len=64, rows_per_batch=4).rows_per_epoch
-    assert resolve_config(SFTConfig(num_epochs=3), state, data).num_steps == round(3 * rows / 4)
+def test_an_epoch_is_the_horizon_when_no_steps_are_given(base: Path, conversations: Path, tmp_path: Path) -> None:
+    plan = plan_sft(SFTConfig(num_epochs=3), base, conversations, tmp_path)
+    rows = ConversationLoader(plan.data.train, sequence_len=64, rows_per_batch=4).rows_per_epoch
+    assert plan.config.num_steps == round(3 * rows / 4)
+    state = read_state(plan.base)
+    assert resolve_config(SFTConfig(num_epochs=3), state, checkpoint_hash(plan.base), plan.data) == plan.config
 
 
 def test_warm_start_takes_over_the_optimizer(base: Path, conversations: Path, tmp_path: Path) -> None:
@@ -179,10 +180,10 @@ def test_an_imported_model_has_no_optimizer_to_take_over(base: Path, conversatio
 def test_bad_input_is_told(base: Path, conversations: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no checkpoint at"):
         sft(CONFIG, RUNTIME, base_checkpoint=tmp_path / "none", conversations=conversations, run_dir=tmp_path)
-    with pytest.raises(ConfigError, match="do not exist"):
+    with pytest.raises(ConfigError, match="neither a file or folder"):
         sft(CONFIG, RUNTIME, base_checkpoint=base, conversations=tmp_path / "none.jsonl", run_dir=tmp_path)
     with pytest.raises(ConfigError, match="val_fraction"):
         SFTConfig(val_fraction=0)
     sft(dataclasses.replace(CONFIG, num_steps=1), RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path)
-    with pytest.raises(ConfigError, match="another fine-tuning"):
+    with pytest.raises(ConfigError, match="of another run"):
         sft(CONFIG, RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path)

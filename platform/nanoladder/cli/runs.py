@@ -118,6 +118,7 @@ def run_facts(record: RunRecord) -> dict[str, Any]:
     config = record.config
     return {
         "run_id": record.run_id,
+        "kind": record.kind,
         "name": record.name,
         "sweep": record.tags.get("sweeps", record.sweep),
         "stage": record.stage,
