@@ -109,8 +109,37 @@ class Page:
 
     def open(self, path: Path, ready: str = "document.documentElement?.dataset.ready === 'true'", timeout: float = 60.0) -> None:
         """Load a local file and wait until `ready` holds."""
-        self._send("Page.navigate", url=path.resolve().as_uri())
+        self.goto(path.resolve().as_uri(), ready, timeout)
+
+    def goto(self, url: str, ready: str = "document.documentElement?.dataset.ready === 'true'", timeout: float = 60.0) -> None:
+        """Load an address and wait until `ready` holds."""
+        self._send("Page.navigate", url=url)
         self.wait(ready, timeout)
+
+    def type(self, text: str) -> None:
+        """Put `text` where the keyboard's focus is, as an input method does."""
+        self._send("Input.insertText", text=text)
+
+    def press(self, key: str, code: int) -> None:
+        """One key, such as ("Enter", 13) or ("Escape", 27)."""
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            more = text if kind == "keyDown" else {}
+            self._send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
+
+    def click(self, selector: str) -> None:
+        """A press of the mouse in the middle of the first element of `selector`."""
+        box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+        x, y = self.evaluate(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
+        self.mouse("mouseMoved", x, y)
+        self.mouse("mousePressed", x, y, clicks=1)
+        self.mouse("mouseReleased", x, y, clicks=1)
+
+    def grant_clipboard(self) -> None:
+        """Let pages read and write the clipboard without asking."""
+        session, self._session = self._session, None
+        self._send("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+        self._session = session
 
     def wait(self, condition: str, timeout: float = 30.0) -> None:
         deadline = time.monotonic() + timeout

@@ -27,6 +27,10 @@ COMMANDS: dict[str, Command] = {
     "count": Command("count", "Count", "parameters and FLOPs of a depth"),
     "train": Command("runs", "Train", "one pretraining run in this process, without Ray"),
     "sweep": Command("runs", "SweepCommand", "run a sweep file on Ray"),
+    "submit": Command("submit", "Submit", "a sweep file as a job on a Ray cluster"),
+    "doctor": Command("doctor", "Doctor", "whether this machine, or every node of a cluster, is fit to train"),
+    "status": Command("status", "Status", "how far sweeps are: running, done, failed and why, best, time left, cost"),
+    "stop": Command("status", "Stop", "end a running sweep cleanly; its command goes on from there"),
     "runs": Command("runs", "Runs", "table of run records"),
     "sync": Command("sync", "Sync", "MLflow and Optuna brought up to the run records"),
     "fit": Command("laws", "Fit", "laws from run records or any table of runs"),
@@ -36,6 +40,8 @@ COMMANDS: dict[str, Command] = {
     "sft": Command("talk", "Sft", "fine-tune a checkpoint on conversations"),
     "eval": Command("talk", "Eval", "validation bpb and CORE of a checkpoint"),
     "chat": Command("talk", "Chat", "talk to a checkpoint in the terminal"),
+    "serve": Command("serve", "Serve", "a chat page and OpenAI's interface for a checkpoint"),
+    "export": Command("convert", "Export", "write a checkpoint for use without this package"),
     "import-nanochat": Command("convert", "ImportNanochat", "read a nanochat checkpoint into this layout"),
     "export-nanochat": Command("convert", "ExportNanochat", "write a checkpoint in nanochat's layout"),
 }
@@ -95,7 +101,7 @@ def run(argv: list[str]) -> int:
 
 def _run(name: str, command: Command, rest: list[str]) -> int:
     args = getattr(import_module(f"nanoladder.cli.{command.module}"), command.args)
-    if name == "sweep":  # what follows the file is the sweep's own command line, the same as with `python FILE`
+    if hasattr(args, "run_file"):  # what follows the file is the sweep's own command line, the same as with `python FILE`
         return int(args.run_file(rest))
     import tyro
 

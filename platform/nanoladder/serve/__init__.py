@@ -1,0 +1,1 @@
+"""A checkpoint behind an OpenAI-compatible interface and a page of its own; several people talk at once (nanoladder serve)."""

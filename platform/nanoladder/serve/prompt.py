@@ -1,0 +1,76 @@
+"""From a conversation to the ids that the model answers, within the room that there is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat_model.conversations import render_prompt
+from nanochat_model.errors import ConfigError
+from nanochat_model.tokenizer import Tokenizer
+from nanoladder.serve.errors import bad_request
+
+CHARS_PER_TOKEN = 64  # no text is denser: beyond this many characters a token nothing is tokenized, only refused
+MIN_REPLY_TOKENS = 64  # a history is cut until this much (or a quarter of the context) is left for the reply
+
+
+# A calculator call as it stands in the text of a reply, with what came back where something did.
+_CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    ids: list[int]
+    room: int  # tokens that the reply may have
+    dropped: int = 0  # messages left out at the front
+
+
+def fit_prompt(messages: Sequence[dict[str, str]], tokenizer: Tokenizer, max_tokens: int, *, truncate: bool) -> Prompt:
+    """The prompt of `messages` in a context of `max_tokens`, reply included. `truncate` leaves out the oldest exchanges (never a
+    leading system message, never the last question) when the rest leaves no room. Raises ApiError 400."""
+    system = list(messages[:1]) if messages[0]["role"] == "system" else []
+    rest = list(messages[len(system) :])
+    reserve = min(MIN_REPLY_TOKENS, max_tokens // 4) if truncate else 1
+    dropped = 0
+    while True:
+        kept = [*system, *rest]
+        num_chars = sum(len(m["content"]) for m in kept)
+        if num_chars <= CHARS_PER_TOKEN * max_tokens:
+            ids = _render(kept, tokenizer)
+            if len(ids) + reserve <= max_tokens:
+                return Prompt(ids=ids, room=max_tokens - len(ids), dropped=dropped)
+            size = f"{len(ids)} tokens"
+        else:
+            size = f"{num_chars} characters"
+        if not truncate or len(rest) < 3:
+            if len(rest) < 3 and num_chars <= CHARS_PER_TOKEN * max_tokens and len(ids) < max_tokens:
+                return Prompt(ids=ids, room=max_tokens - len(ids), dropped=dropped)
+            message = f"the messages have {size}; the context holds {max_tokens} tokens with the reply; shorten them"
+            raise bad_request(message, "messages", "context_length_exceeded")
+        rest, dropped = rest[2:], dropped + 2
+
+
+def _render(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[int]:
+    parts = [{**m, "content": assistant_parts(m["content"])} if m["role"] == "assistant" else m for m in messages]
+    try:
+        return render_prompt(parts, tokenizer)
+    except ConfigError as e:
+        raise bad_request(str(e), "messages") from None
+
+
+def assistant_parts(text: str) -> str | list[dict[str, Any]]:
+    """An earlier reply with its calls as calls again, so that the model reads the tokens that it wrote."""
+    parts: list[dict[str, Any]] = []
+    end = 0
+    for match in _CALL.finditer(text):
+        parts.append({"type": "text", "text": text[end : match.start()]})
+        parts.append({"type": "python", "text": match[1]})
+        if match[2] is not None:
+            parts.append({"type": "python_output", "text": match[2]})
+        end = match.end()
+    if not parts:
+        return text
+    parts.append({"type": "text", "text": text[end:]})
+    return [p for p in parts if p["text"] or p["type"] != "text"]
