@@ -30,6 +30,15 @@ class Listener:
     def on_record(self, trial: Trial, record: RunRecord, new: bool) -> None:
         """A run of a sweep is recorded. `new`: by this command, for the first of the sweeps that wanted it."""
 
+    def on_tick(self) -> None:
+        """Many times a second while trials run: return at once."""
+
+    def on_stopping(self) -> None:
+        """The command was asked to end: no further run is given out."""
+
+    def on_pause(self, trial: Trial) -> None:
+        """A run has ended for that reason, and is not done."""
+
     def on_end(self) -> None:
         """After the last record, also when the sweep was interrupted or broke."""
 
@@ -59,6 +68,18 @@ class Listeners(Listener):
     def on_record(self, trial: Trial, record: RunRecord, new: bool) -> None:
         for each in self._all:
             each.on_record(trial, record, new)
+
+    def on_tick(self) -> None:
+        for each in self._all:
+            each.on_tick()
+
+    def on_stopping(self) -> None:
+        for each in self._all:
+            each.on_stopping()
+
+    def on_pause(self, trial: Trial) -> None:
+        for each in self._all:
+            each.on_pause(trial)
 
     def on_end(self) -> None:
         for each in self._all:
@@ -114,6 +135,10 @@ class ProgressState(Listener):
             self._changed()
 
     def on_failure(self, trial: Trial, error: str, traceback: str, retry: bool) -> None:
+        self.running.pop(trial.run_id, None)
+        self._changed()
+
+    def on_pause(self, trial: Trial) -> None:
         self.running.pop(trial.run_id, None)
         self._changed()
 

@@ -16,6 +16,7 @@ from nanochat_model.config import DataConfig
 from nanochat_model.counts import flops_per_token
 from nanochat_model.record import RunRecord
 from nanoladder.cells import Trial, make_trial, resolve_config
+from nanoladder.stopping import is_paused
 from nanoladder.study import Candidate, CellStudy, Outcome
 from nanoladder.sweep import Cell, Sweep
 
@@ -107,6 +108,10 @@ class Pool:
             self._resolve(work, trial, record, new=i == 0)
         return False
 
+    def put_back(self, run_id: str) -> None:
+        """A run in flight was paused: it is neither done nor ready, and a later command takes it up."""
+        del self.in_flight[run_id]
+
     # --- opening candidates ---
 
     def _open_one(self) -> bool:
@@ -130,12 +135,10 @@ class Pool:
             running.waiting.append((work, trial))
             return
         record = load_record(self._runs_dir / trial.run_id)
-        if record is not None and record.status != "failed":
+        if record is not None and record.status != "failed" and not is_paused(record):
             self._resolve(work, trial, self._share(record, trial), new=False)
             return
-        self._ready[trial.run_id] = _Run(
-            trial=trial, waiting=[(work, trial)], earlier=0 if record is None else max(1, record.attempts)
-        )
+        self._ready[trial.run_id] = _Run(trial=trial, waiting=[(work, trial)], earlier=_failed_attempts(record))
 
     # --- results ---
 
@@ -210,6 +213,13 @@ def merge_tags(tags: dict[str, str], trial: Trial) -> dict[str, str]:
 
 def trial_tags(trial: Trial) -> dict[str, str]:
     return {**trial.tags, "sweeps": trial.sweep}
+
+
+def _failed_attempts(record: RunRecord | None) -> int:
+    """Attempts that an earlier command recorded as failed; a run that was paused goes on with the attempt it was at."""
+    if record is None:
+        return 0
+    return max(1, record.attempts) if record.status == "failed" else record.attempts - 1
 
 
 def load_record(run_dir: Path) -> RunRecord | None:

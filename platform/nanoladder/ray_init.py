@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_model.errors import ConfigError
+from nanoladder.job_context import JOB_CONFIG_ENV
 
 PACKAGES = ("nanoladder", "nanochat_model", "analysis")
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through Ray's object store
 SOCKET_PATH_LIMIT = 107  # bytes of a Unix socket's path (sockaddr_un)
 SOCKET_SUFFIX = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 TEMP_DIR_ENV = "NANOLADDER_RAY_DIR"
-JOB_CONFIG_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a submitted job
 
 # Read by Ray when a driver, controller or worker starts. Health checks of 2 s would make each ray.train.report wait as long;
 # Train would move workers into scratch folders, where relative paths break; Tune's own loggers keep every result in memory
@@ -91,6 +91,7 @@ def ensure_ray(
         _start_local(num_cpus, num_gpus, temp_dir, object_store_bytes)
         _session = _describe(started_here=True)
     else:
+        check_address(address)
         _join(address)
         _session = _describe(started_here=False)
     return _session
@@ -136,6 +137,15 @@ def _start_local(num_cpus: int | None, num_gpus: int | None, temp_dir: str | Pat
         logging_level=logging.ERROR,
         _temp_dir=str(folder),
     )
+
+
+def check_address(address: str) -> None:
+    """ConfigError for a dashboard's URL, which takes jobs but no drivers."""
+    if address.startswith(("http://", "https://")) and JOB_CONFIG_ENV not in os.environ:
+        raise ConfigError(
+            f"{address} is a dashboard, which takes jobs: use nanoladder submit FILE --address {address}; a sweep that is started "
+            "on the cluster itself joins with --address auto (or its head's host:6379)"
+        )
 
 
 def _join(address: str) -> None:
