@@ -1,4 +1,4 @@
-"""The folder layout of one storage root, in one place.
+"""The folder layout of one storage root, in one place. A root at a URL is worked on in a local copy (see storage.py).
 
 corpus/ tokenizer/ shards/        data, each naming its parents by hash
 runs/<run_id>/record.json         one folder a run; the record is the truth
@@ -28,8 +28,15 @@ class Workspace:
     """Paths under a storage root. Nothing is created until something is written."""
 
     root: Path
+    remote: str = ""  # the URL that `root` is the working copy of, if any
 
     def __init__(self, root: str | Path) -> None:
+        url = str(root) if "://" in str(root) else ""
+        if url:
+            from nanoladder.storage import local_folder
+
+            root = local_folder(url)
+        object.__setattr__(self, "remote", url)
         object.__setattr__(self, "root", Path(root).expanduser().absolute())
 
     @property

@@ -109,7 +109,13 @@ def _run(name: str, command: Command, rest: list[str]) -> int:
     if name != "train":  # its flags default to true: they need their --no- form
         config = (*config, tyro.conf.FlagCreatePairsOff)
     parsed = tyro.cli(args, prog=f"nanoladder {name}", args=rest, config=config)
-    return int(parsed.run() or 0)
+    storage = str(getattr(parsed, "storage", ""))
+    if "://" not in storage:
+        return int(parsed.run() or 0)
+    from nanoladder.storage import mirrored
+
+    with mirrored(storage):
+        return int(parsed.run() or 0)
 
 
 def is_user_error(e: BaseException) -> bool:
