@@ -71,6 +71,13 @@ class MlflowMirror(Listener):
     def on_record(self, trial: Trial, record: RunRecord, new: bool) -> None:
         self._put("record", trial, record)
 
+    def begin_other(self, name: str, tags: dict[str, str]) -> None:
+        """Runs that belong to no sweep, under a parent of this name."""
+        self._put("begin", name, tags)
+
+    def tag(self, trial: Trial, tags: dict[str, str]) -> None:
+        self._put("tag", trial.sweep, trial.run_id, tags)
+
     def on_end(self) -> None:
         if not self._thread.is_alive():
             return
