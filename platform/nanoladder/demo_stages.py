@@ -13,6 +13,7 @@ from nanochat_model.identity import content_hash
 from nanochat_model.recipe import Recipe
 from nanochat_model.record import RECORD_FILE, RunRecord
 from nanoladder import demo_sweeps
+from nanoladder.data_stages import corpus_stage, shards_stage, tokenizer_stage
 from nanoladder.demo_size import DEMO_RECIPE, DemoSize
 from nanoladder.laws_to_recipe import LAW_NAMES, LawRecipe, recipe_from_laws
 from nanoladder.recipes import RECIPE_FILE, write_recipe
@@ -38,43 +39,13 @@ class DemoStages:
     # --- data ---
 
     def corpus(self, facts: Mapping[str, Facts], progress: Progress) -> Facts:
-        from nanochat_model.corpus import build_corpus
-
-        info = build_corpus(
-            self.size.source, self.workspace.corpus_dir, val_fraction=self.size.val_fraction, progress=progress.update
-        )
-        summary = f"{info.num_docs:,} documents, {info.num_bytes / 1e6:.1f} MB"
-        return {"hash": info.hash, "num_docs": info.num_docs, "num_bytes": info.num_bytes, "summary": summary}
+        return corpus_stage(self.size.source, self.workspace, self.size.val_fraction, progress)
 
     def tokenizer(self, facts: Mapping[str, Facts], progress: Progress) -> Facts:
-        from nanochat_model.corpus import open_corpus, training_texts
-        from nanochat_model.tokenizer import Tokenizer
-
-        progress.update(0, 1, "learning merges")
-        corpus = open_corpus(self.workspace.corpus_dir)
-        tokenizer = Tokenizer.train(training_texts(corpus), self.size.vocab_size)
-        tokenizer.save(self.workspace.tokenizer_dir)
-        return {"hash": tokenizer.hash, "summary": f"{tokenizer.vocab_size} tokens, byte-level BPE"}
+        return tokenizer_stage(self.workspace, self.size.vocab_size, progress)
 
     def shards(self, facts: Mapping[str, Facts], progress: Progress) -> Facts:
-        from nanochat_model.shards import build_shards
-        from nanochat_model.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.load(self.workspace.tokenizer_dir)
-        shards = build_shards(
-            self.workspace.corpus_dir,
-            tokenizer,
-            self.workspace.shards_dir,
-            num_workers=self.size.concurrent_trials,
-            progress=progress.update,
-        )
-        tokens = shards.num_tokens("train")
-        return {
-            "hash": shards.manifest_hash,
-            "train_tokens": tokens,
-            "bytes_per_token": shards.bytes_per_token,
-            "summary": f"{tokens / 1e6:.1f}M tokens, {shards.bytes_per_token:.2f} bytes a token",
-        }
+        return shards_stage(self.workspace, self.size.concurrent_trials, progress)
 
     def data(self) -> DataConfig:
         return self.workspace.data_config(PACKING)

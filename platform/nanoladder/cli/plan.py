@@ -22,6 +22,7 @@ from nanoladder.workspace import Workspace
 
 if TYPE_CHECKING:
     from nanochat_model.record import RunRecord
+    from nanoladder.launch import LaunchOptions
 
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="LAW ...")]
 
@@ -226,6 +227,40 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchOptions:
+    """What is looked at while it runs."""
+
+    webhook: str = ""
+    """Address that alerts are posted to as JSON: loss spikes, non-finite values, stalled ranks, drops of speed, restarts."""
+    mlflow: str | None = None
+    """Tracking server; left out: mlflow.db under the storage root; "" for none."""
+    sample_every: int = 0
+    """Steps between sampled texts; 0: none."""
+    core_bundle: str = ""
+    """Folder, zip or address of the CORE tasks, or download; left out: no CORE."""
+    core_every: int = 0
+    """Steps between CORE evaluations; 0: at the end only."""
+    core_max_per_task: int = 500
+    checkpoint_minutes: float = 15.0
+    """What a crash may cost."""
+
+    def options(self, *, address: str, quiet: bool) -> LaunchOptions:
+        from nanoladder.launch import LaunchOptions
+
+        return LaunchOptions(
+            address=address or None,
+            quiet=quiet,
+            webhook=self.webhook,
+            mlflow=self.mlflow,
+            sample_every_steps=self.sample_every,
+            core_bundle=self.core_bundle,
+            core_every_steps=self.core_every,
+            core_max_per_task=self.core_max_per_task,
+            checkpoint_every_seconds=60 * self.checkpoint_minutes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Launch(Plan):
     """Show the plan, ask once, run it on Ray Train, and write prediction against result. Started again it goes on.
 
@@ -238,6 +273,7 @@ class Launch(Plan):
     """Root folder with the token shards; the run goes under it."""
     address: str = ""
     """Of a Ray cluster; left out: a Ray of its own on this machine."""
+    watch: WatchOptions = field(default_factory=WatchOptions)
     yes: bool = False
     """Do not ask."""
 
@@ -252,7 +288,7 @@ class Launch(Plan):
         if not self.yes and not confirm():
             print("not launched")
             return 1
-        verdict = launch(plan, Workspace(self.storage), address=self.address or None, quiet=self.json)
+        verdict = launch(plan, Workspace(self.storage), self.watch.options(address=self.address, quiet=self.json))
         if self.json:
             print_json(verdict)
         return 0 if verdict["status"] == "complete" else 1
