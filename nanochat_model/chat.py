@@ -1,20 +1,32 @@
-"""Talking to a fine-tuned model: a conversation with its history, replies that stream."""
+"""Talking to a fine-tuned model: a conversation with its history, replies that stream, python calls that are worked out."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from nanochat_model.batching import Batcher, Request
 from nanochat_model.checkpoint import load_model, tokenizer_dir
 from nanochat_model.engine import generate
 from nanochat_model.errors import ConfigError
+from nanochat_model.sampling import Sampling
 from nanochat_model.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat_model.tool_use import PythonCalls
 
 SAMPLE_PROMPTS = ("def ", "import ", "The ", "Once upon a time", "In the year 19", "class ")
 SAMPLE_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of a reply. `kind`: "text", "python" (a call being written) or "python_output" (what came back)."""
+
+    kind: str
+    text: str
 
 
 class Chat:
@@ -25,9 +37,14 @@ class Chat:
         self.tokenizer = tokenizer
         self.system = system  # put before the first user message, as in training
         self.turns: list[list[int]] = []
-        self._end = tokenizer.special_id("<|assistant_end|>")
+        special = tokenizer.special_id
+        self._end = special("<|assistant_end|>")
         # Any of these means that the assistant is done; only the first is a proper end.
-        self._stop = [self._end, tokenizer.bos_id, tokenizer.special_id("<|user_start|>")]
+        self._stop = frozenset((self._end, tokenizer.bos_id, special("<|user_start|>")))
+        self._kinds = {
+            special("<|python_start|>"): "python", special("<|python_end|>"): "text",
+            special("<|output_start|>"): "python_output", special("<|output_end|>"): "text",
+        }  # fmt: skip
 
     @property
     def max_tokens(self) -> int:
@@ -38,30 +55,56 @@ class Chat:
         self.turns = []
 
     def reply(self, text: str, *, temperature: float = 0.6, top_k: int = 50, max_tokens: int = 256, seed: int = 0) -> Iterator[str]:
-        """Answer `text` piece by piece, ending at <|assistant_end|> or after `max_tokens`; both sides join the history.
+        """The text of `reply_pieces`, python calls and their results left out."""
+        pieces = self.reply_pieces(text, temperature=temperature, top_k=top_k, max_tokens=max_tokens, seed=seed)
+        return (piece.text for piece in pieces if piece.kind == "text")
 
-        Temperature 0 takes the most likely token. When the history outgrows the context its oldest exchanges are left out.
-        Raises ConfigError (when the iteration starts) if the message alone does not fit.
+    def reply_pieces(
+        self, text: str, *, temperature: float = 0.6, top_k: int = 50, max_tokens: int = 256, seed: int = 0
+    ) -> Iterator[Piece]:
+        """Answer `text` piece by piece, ending at <|assistant_end|> or after `max_tokens`; both sides join the history, also when
+        the caller stops asking for more before the end.
+
+        Temperature 0 takes the most likely token. No piece ends inside a character. When the history outgrows the context its
+        oldest exchanges are left out. Raises ConfigError (when the iteration starts) if the message alone does not fit.
         """
         question = self._question(text)
         prompt = self._prompt(question)
-        room = min(max_tokens, self.max_tokens - len(prompt))
-        decoder = codecs.getincrementaldecoder("utf8")(errors="replace")
+        request = Request(
+            prompt=prompt,
+            max_tokens=min(max_tokens, self.max_tokens - len(prompt)),
+            sampling=Sampling(temperature=temperature, top_k=top_k, seed=seed),
+            stop_ids=self._stop,
+            tool=PythonCalls(self.tokenizer),
+        )
         answer: list[int] = []
-        for ids in generate(
-            self.model, [prompt], max_tokens=room, temperature=temperature, top_k=top_k, seed=seed, stop_ids=self._stop
-        ):
-            token = ids[0]
-            if token in self._stop:
-                break
+        try:
+            yield from self._decoded(self._tokens(request), answer)
+        finally:
+            self.turns.append([*question, *answer, self._end])
+
+    def _tokens(self, request: Request) -> Iterator[int]:
+        """The tokens of a reply, without the one that ends it."""
+        batcher = Batcher(self.model, max_rows=1, max_tokens=self.max_tokens)
+        batcher.submit(request)
+        while batcher.busy:
+            for event in batcher.step():
+                if event.token is not None and event.token not in self._stop:
+                    yield event.token
+
+    def _decoded(self, tokens: Iterator[int], answer: list[int]) -> Iterator[Piece]:
+        """Pieces of whole characters; each token is put into `answer` before its text is handed out."""
+        kind, decoder = "text", codecs.getincrementaldecoder("utf8")(errors="replace")
+        for token in tokens:
             answer.append(token)
-            piece = decoder.decode(self.tokenizer.decode_bytes([token]))
-            if piece:
-                yield piece
+            marker = token in self._kinds
+            text = decoder.decode(b"" if marker else self.tokenizer.decode_bytes([token]), final=marker)
+            if text:
+                yield Piece(kind, text)
+            kind = self._kinds.get(token, kind)
         rest = decoder.decode(b"", final=True)
-        self.turns.append([*question, *answer, self._end])
         if rest:
-            yield rest
+            yield Piece(kind, rest)
 
     def _question(self, text: str) -> list[int]:
         """Ids of a user message and the marker after which the assistant speaks."""

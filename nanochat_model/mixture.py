@@ -21,6 +21,8 @@ from nanochat_model.tasks.catalog import DATASETS, DEFAULT_TEMPLATE, read_proble
 from nanochat_model.tasks.layouts import Template
 from nanochat_model.tasks.problem import Problem
 
+NANOCHAT = "nanochat"  # names its mixture among sources
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -37,7 +39,7 @@ class Source:
             raise ConfigError(f"source {self.data}: epochs {self.epochs} must be positive and finite")
 
     @classmethod
-    def parse(cls, text: str) -> Source:
+    def parse(cls, text: str, *, held_out: bool = False) -> Source:
         """ "NAME" or "NAME=EPOCHS", NAME being a dataset (NAME:SPLIT for a split of it) or a path."""
         data, sign, number = text.rpartition("=")
         if not sign:
@@ -48,16 +50,30 @@ class Source:
             data, epochs = text, 1.0  # an equals sign in a path
         name, colon, split = data.partition(":")
         if colon and name.lower() in DATASETS:
-            return cls(data=name, split=split, epochs=epochs)
-        return cls(data=data, epochs=epochs)
+            return cls(data=name, split=split, epochs=epochs, held_out=held_out)
+        return cls(data=data, epochs=epochs, held_out=held_out)
 
     @property
     def training_split(self) -> str:
         dataset = DATASETS.get(self.data.lower())
-        split = self.split or (dataset.train_split if dataset is not None else "")
+        default = "" if dataset is None else dataset.eval_split if self.held_out else dataset.train_split
+        split = self.split or default
         if dataset is not None and not split:
             raise ConfigError(f"{dataset.name} has no split to train on; name one as {dataset.name}:{dataset.eval_split}")
         return split
+
+
+def parse_sources(given: Sequence[str | Source]) -> tuple[Source, ...]:
+    """Sources of what a user gives: each a Source, a text for Source.parse, or "nanochat" for that mixture."""
+    sources: list[Source] = []
+    for item in given:
+        if isinstance(item, Source):
+            sources.append(item)
+        elif item == NANOCHAT:
+            sources += nanochat_mixture()
+        else:
+            sources.append(Source.parse(item))
+    return tuple(sources)
 
 
 def nanochat_mixture(*identity: str) -> tuple[Source, ...]:

@@ -21,7 +21,7 @@ from typing import Any
 from nanochat_model.callbacks import Callback, Callbacks
 from nanochat_model.checkpoint import CheckpointState, checkpoint_hash, load_weights, read_optimizer_state, read_state, resolve
 from nanochat_model.checkpoint import tokenizer_dir as find_tokenizer
-from nanochat_model.config import EvalConfig, RuntimeConfig, TrainConfig
+from nanochat_model.config import RuntimeConfig, TrainConfig
 from nanochat_model.conversation_set import ConversationLoader
 from nanochat_model.distributed import Ranks, barrier, current_ranks, on_main
 from nanochat_model.errors import ConfigError
@@ -29,52 +29,19 @@ from nanochat_model.evaluate import evaluate_loss
 from nanochat_model.identity import from_dict, run_id, write_atomic
 from nanochat_model.loader import rank_rows
 from nanochat_model.loop import Batch
-from nanochat_model.mixture import Source
+from nanochat_model.mixture import Source, parse_sources
 from nanochat_model.out_of_memory import halve, is_out_of_memory, limited, read_limit, release_memory
 from nanochat_model.record import RECORD_FILE, RunRecord, Status
 from nanochat_model.resume import Start, own_start
 from nanochat_model.runner import Runner
 from nanochat_model.session import Prefetcher, Session, build_stepper
 from nanochat_model.sft_data import Report, SFTData, SourceCounts, prepare
+from nanochat_model.sft_recipe import WEIGHTS_ALONE, WITH_OPTIMIZER, SFTConfig, SFTRecipe
 from nanochat_model.tokenizer import Tokenizer
 from nanochat_model.train import CONFIG_FILE, DEFAULT_RUNTIME, Labels, make_record, may_go_on, restore_progress, run_to_end
 
 FACTS_FILE = "sft.json"  # beside record.json: what only a fine-tuning has
 SCHEMA_VERSION = 2
-WITH_OPTIMIZER, WEIGHTS_ALONE = "sft:", "sft-weights:"  # how a config's trunk begins; the base checkpoint's hash follows
-TRAIN_FUNCTION = "nanochat_model.sft:finetune"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTConfig:
-    """What determines a fine-tuning, beside base checkpoint and conversations. Everything else is the base's."""
-
-    num_epochs: float = 1.0  # passes over the mixture
-    num_steps: int = 0  # instead of epochs, if over 0
-    batch_tokens: int = 0  # 0: the base's
-    lr_fraction: float = 0.8  # of the learning rates the base was trained with
-    warmup_fraction: float = 0.0
-    warmdown_fraction: float = 0.5
-    final_lr_fraction: float = 0.0
-    momentum_start: float = 0.85
-    momentum_end: float = 0.95
-    momentum_warmup_steps: int = 300
-    warm_start: bool = True  # take over the base's optimizer state
-    val_fraction: float = 0.1  # conversations held out, by hash, where no source is held out as a whole
-    eval_every_steps: int = 0  # 0: before and after only
-    eval_tokens: int = 0  # of the held-out conversations; 0: all
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (self.num_epochs > 0 or self.num_steps > 0):
-            raise ConfigError(f"sft.num_epochs {self.num_epochs} must be over 0 where num_steps is not given")
-        for name in ("warmup_fraction", "warmdown_fraction", "final_lr_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"sft.{name} {getattr(self, name)} must lie in 0..1")
-        if not 0 < self.lr_fraction < float("inf"):
-            raise ConfigError(f"sft.lr_fraction {self.lr_fraction} must be positive and finite")
-        if not 0 < self.val_fraction < 1:
-            raise ConfigError(f"sft.val_fraction {self.val_fraction} must lie between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +86,13 @@ class SFTRecord:
 class Plan:
     """A fine-tuning that is ready to run: `finetune(plan.config, …, start_from=plan.base)`."""
 
-    config: TrainConfig
+    recipe: SFTRecipe
     base: Path
     data: SFTData
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.recipe.resolve(self.recipe.inherited.model, seed=self.recipe.sft.seed)
 
 
 def sft(
@@ -162,19 +133,18 @@ def plan_sft(
 ) -> Plan:
     """Prepare the conversations and resolve the run's config. Under several ranks all call it and rank 0 does the work."""
     given = [str(conversations)] if isinstance(conversations, str | Path) else conversations
-    sources = [s if isinstance(s, Source) else Source.parse(s) for s in given]
+    sources = parse_sources(given)
 
-    def work() -> tuple[TrainConfig, Path]:
+    def work() -> tuple[SFTRecipe, Path]:
         base = resolve(base_checkpoint)
-        state = read_state(base)
-        tokenizer = _tokenizer(base, state)
+        tokenizer = _tokenizer(base, read_state(base))
         data = prepare(
             sources, tokenizer, data_root, tasks_dir=tasks_dir, val_fraction=config.val_fraction, seed=config.seed, report=report
         )
-        return resolve_config(config, state, checkpoint_hash(base), data), base
+        return sft_recipe(config, base, data), base
 
-    train_config, base = on_main(work)
-    return Plan(config=train_config, base=base, data=SFTData.open(train_config.data.path, Tokenizer.load(find_tokenizer(base))))
+    recipe, base = on_main(work)
+    return Plan(recipe=recipe, base=base, data=SFTData.open(recipe.data.path, Tokenizer.load(find_tokenizer(base))))
 
 
 def finetune(
@@ -282,42 +252,20 @@ def _warm_start(optimizer: Any, base: Path) -> None:
     optimizer.load_consolidated(state)
 
 
-def resolve_config(config: SFTConfig, base: CheckpointState, base_hash: str, data: SFTData) -> TrainConfig:
-    """The loop's config: the base's model, precision and learning rates (× lr_fraction), with SFT's schedule and horizon."""
-    inherited = base.config or TrainConfig(model=base.model, batch_tokens=32 * base.model.sequence_len)
-    batch_tokens = config.batch_tokens or inherited.batch_tokens
-    o = inherited.optimizer
-    rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "smear_lr")
-    optimizer = replace(o, weight_decay=0.0, **{r: getattr(o, r) * config.lr_fraction for r in rates})
-    if config.num_steps:
-        num_steps = config.num_steps
-    else:
-        length = base.model.sequence_len
-        rows = ConversationLoader(
-            data.train, sequence_len=length, rows_per_batch=max(1, batch_tokens // length), seed=config.seed
-        ).rows_per_epoch
-        num_steps = max(1, round(config.num_epochs * rows * length / batch_tokens))
-    schedule = replace(
-        inherited.schedule,
-        kind="nanochat",
-        warmup_steps=round(config.warmup_fraction * num_steps),
-        warmdown_fraction=config.warmdown_fraction,
-        final_lr_fraction=config.final_lr_fraction,
-        momentum_start=config.momentum_start,
-        momentum_peak=config.momentum_end,
-        momentum_end=config.momentum_end,
-        momentum_warmup_steps=config.momentum_warmup_steps,
-    )
-    return replace(
-        inherited,
-        optimizer=optimizer,
-        schedule=schedule,
+def sft_recipe(config: SFTConfig, base: Path, data: SFTData) -> SFTRecipe:
+    """The recipe that resolves fine-tunings of the checkpoint at `base` on `data`."""
+    state = read_state(base)
+    inherited = state.config or TrainConfig(model=state.model, batch_tokens=32 * state.model.sequence_len)
+    length = state.model.sequence_len
+    loader = ConversationLoader(data.train, sequence_len=length, rows_per_batch=1, seed=config.seed)
+    return SFTRecipe(
+        name="sft",
+        sft=config,
+        inherited=inherited,
+        base_checkpoint=str(base.absolute()),
+        base_hash=checkpoint_hash(base),
         data=data.data_config,
-        eval=EvalConfig(num_tokens=config.eval_tokens, every_steps=config.eval_every_steps),
-        batch_tokens=batch_tokens,
-        num_steps=num_steps,
-        seed=config.seed,
-        trunk=(WITH_OPTIMIZER if config.warm_start else WEIGHTS_ALONE) + base_hash,
+        rows_per_epoch=loader.rows_per_epoch,
     )
 
 

@@ -34,3 +34,20 @@ class PythonCalls:
             return []
         result = self._compute(self._tokenizer.decode(reversed(call)))
         return [] if result is None else [self._output[0], *self._tokenizer.encode(result), self._output[1]]
+
+
+def reply_parts(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """A reply's ids as (kind, text): kinds as in conversations, "text", "python" and "python_output"; markers are left out."""
+    kinds = {
+        tokenizer.special_id("<|python_start|>"): "python",
+        tokenizer.special_id("<|output_start|>"): "python_output",
+        tokenizer.special_id("<|python_end|>"): "text",
+        tokenizer.special_id("<|output_end|>"): "text",
+    }
+    parts: list[tuple[str, list[int]]] = [("text", [])]
+    for token in ids:
+        if token in kinds:
+            parts.append((kinds[token], []))
+        else:
+            parts[-1][1].append(token)
+    return [(kind, tokenizer.decode(part)) for kind, part in parts if part]

@@ -9,13 +9,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nanochat_model.conversations import checked_conversation
 from nanochat_model.errors import ConfigError
+from nanochat_model.identity import from_dict
 from nanochat_model.tasks.problem import Problem
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -31,6 +34,15 @@ class Template:
     head: str = "Choose the right answer: {question}\n"
     choice: str = "- {choice}={letter}\n"
     tail: str = "\nAnswer with its letter alone."
+
+    @classmethod
+    def load(cls, path: str | Path) -> Template:
+        """Of a JSON file with these fields. Raises ConfigError."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf8"))
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"template {str(path)!r} is not readable JSON ({e}); give head, choice and tail") from None
+        return from_dict(cls, values if isinstance(values, dict) else {"template": values}, f"{path}: ")
 
     def render(self, question: str, choices: list[str], letters: tuple[str, ...]) -> str:
         lines = [self.choice.replace("{choice}", c).replace("{letter}", l) for c, l in zip(choices, letters, strict=True)]

@@ -27,7 +27,7 @@ from nanochat_model.errors import ConfigError
 from nanochat_model.loop import Batch
 from nanochat_model.record import RunRecord
 from nanochat_model.session import build_stepper
-from nanochat_model.sft import SFTConfig, SFTRecord, plan_sft, resolve_config, sft
+from nanochat_model.sft import SFTConfig, SFTRecord, plan_sft, sft, sft_recipe
 from nanochat_model.train import pretrain
 
 SIZE = {"model__sequence_len": 64, "batch_tokens": 256, "num_steps": 8}
@@ -102,8 +102,14 @@ def test_an_epoch_is_the_horizon_when_no_steps_are_given(base: Path, conversatio
     plan = plan_sft(SFTConfig(num_epochs=3), base, conversations, tmp_path)
     rows = ConversationLoader(plan.data.train, sequence_len=64, rows_per_batch=4).rows_per_epoch
     assert plan.config.num_steps == round(3 * rows / 4)
-    state = read_state(plan.base)
-    assert resolve_config(SFTConfig(num_epochs=3), state, checkpoint_hash(plan.base), plan.data) == plan.config
+    recipe = sft_recipe(SFTConfig(num_epochs=3), plan.base, plan.data)
+    assert recipe.resolve(recipe.inherited.model) == plan.config
+    assert recipe.resolve(recipe.inherited.model, overrides={"batch_tokens": 512}).num_steps == round(3 * rows / 8)
+    faster = recipe.resolve(recipe.inherited.model, overrides={"lr_multiplier": 2.0})
+    assert faster.optimizer.matrix_lr == pytest.approx(1.6 * recipe.inherited.optimizer.matrix_lr)
+    assert faster.optimizer.smear_lr == pytest.approx(1.6 * recipe.inherited.optimizer.smear_lr)
+    with pytest.raises(ConfigError, match="weight decay 0"):
+        recipe.resolve(recipe.inherited.model, overrides={"weight_decay_multiplier": 2.0})
 
 
 def test_warm_start_takes_over_the_optimizer(base: Path, conversations: Path, tmp_path: Path) -> None:
