@@ -6,6 +6,8 @@ from typing import Literal
 
 import numpy as np
 
+from analysis.words import plural
+
 GAP = 1.25  # a step larger than this in sorted compute starts a new budget (published ladders step by 1.7x or more)
 MAX_SPREAD = 2.0  # a group wider than this is no budget: the runs are not on isoFLOP lines
 MIN_RUNS = 3  # a parabola needs three sizes
@@ -30,7 +32,7 @@ def assign_budgets(compute: np.ndarray, given: np.ndarray | None = None) -> tupl
         return out, "no compute column: no budgets"
     if given is not None and len(np.unique(values[finite])) <= max(1, finite.sum() // MIN_RUNS):
         out[finite] = values[finite]
-        return out, f"{len(np.unique(values[finite]))} budgets as given"
+        return out, f"{plural(len(np.unique(values[finite])), 'budget')} as given"
     where = np.flatnonzero(finite)
     order = where[np.argsort(values[where], kind="stable")]
     logs = np.log(values[order])
@@ -42,10 +44,10 @@ def assign_budgets(compute: np.ndarray, given: np.ndarray | None = None) -> tupl
     for group in narrow + peaks:
         out[order[group]] = np.exp(logs[group].mean())
     what = "compute" if given is None else "the budget column, in which nearly every run has its own value"
-    text = f"{len(narrow)} budgets grouped by gaps over {GAP}x in {what}"
+    text = f"{plural(len(narrow), 'budget')} grouped by gaps over {GAP}x in {what}"
     if wide:
         loose = sum(map(len, wide)) - sum(map(len, peaks))
-        text += f"; {len(peaks)} density peaks in runs spread evenly over compute ({loose} runs belong to none)"
+        text += f"; {plural(len(peaks), 'density peak')} in runs spread evenly over compute ({plural(loose, 'run')} in none)"
     return out, text
 
 

@@ -15,6 +15,7 @@ from scipy import stats
 from analysis.errors import DataError
 from analysis.noise import SeedNoise, pool_variance
 from analysis.table import RunTable
+from analysis.words import plural
 
 Verdict = Literal["adopt", "reject", "undecided"]
 AXES = {"steps": 0, "tokens": 1, "flops": 2, "seconds": 3}  # column of a curve
@@ -172,7 +173,9 @@ def compare_runs(
             raise DataError(f"run {bare[0]!r} has no stored curve; compare final losses with promotion_test instead")
         seeds = {int(frame.loc[r, "seed"]): table.curves[r] for r in runs}
         if len(seeds) < len(runs):
-            raise DataError(f"{len(runs)} runs have {len(seeds)} seeds between them; give one run a seed on each side")
+            raise DataError(
+                f"{plural(len(runs), 'run')} have {plural(len(seeds), 'seed')} between them; give one run a seed on each side"
+            )
         sides.append(seeds)
     return compare_recipes(sides[0], sides[1], **options)
 

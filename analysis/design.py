@@ -20,6 +20,7 @@ from scipy import stats
 from analysis.budgets import GAP
 from analysis.errors import DataError
 from analysis.law import Law
+from analysis.words import plural
 
 PRIOR_SD = np.array([0.7, 0.7, 0.7, 0.15, 0.15])  # of log E, log A/N0^α, log B/D0^β, α, β about the present fit
 MISFIT_PER_DECADE = 0.002  # relative loss; surfaces fitted to public ladders missed held-out top budgets by 0.3–2.5%
@@ -103,8 +104,8 @@ def suggest_runs(
     runs = tuple(_planned(candidates[i], sd, batch_law) for i, sd in zip(chosen, sds[1:], strict=True))
     spent = float(sum(r.C for r in runs))
     what = "log D/N" if quantity == "ratio" else "log loss"
-    message = f"{len(runs)} runs for {spent:.3g} of {remaining_flops:.3g} FLOPs take the sd of {what} at {target_flops:.3g} FLOPs"
-    message += f" from {sds[0]:.3g} to {sds[-1]:.3g}"
+    message = f"{plural(len(runs), 'run')} for {spent:.3g} of {remaining_flops:.3g} FLOPs: the sd of {what} at {target_flops:.3g} "
+    message += f"FLOPs goes from {sds[0]:.3g} to {sds[-1]:.3g}"
     return Design(
         quantity=quantity, target_flops=target_flops, runs=runs, sd_before=sds[0], sd_after=sds[-1], flops=spent, message=message
     )

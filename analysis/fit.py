@@ -18,6 +18,7 @@ from analysis.noise import SeedNoise, estimate_noise
 from analysis.purposes import assign_purposes, select, tuned_envelope
 from analysis.table import RunTable
 from analysis.weight_decay import WeightDecayLaw, fit_weight_decay
+from analysis.words import is_are, plural, was_were
 
 NUM_BOOTSTRAP = 10_000  # with 1000 the standard error of Epoch's B wanders by 10%, with 10,000 by 3%
 MOSTLY_EMBEDDINGS = 0.5  # above this share of look-up tables the loss says little about larger models
@@ -107,14 +108,16 @@ def _allocation(
 def _table_warnings(table: RunTable, sizes: pd.DataFrame, set_aside: int) -> list[str]:
     out = []
     if table.left_out:
-        out.append(f"{len(table.left_out)} rows are left out, each with its reason")
+        out.append(f"{plural(len(table.left_out), 'row')} {is_are(len(table.left_out))} left out, each with its reason")
     flagged = int(table.frame["outlier"].sum())
     if flagged:
-        out.append(f"{flagged} runs are flagged as outliers by their publisher and were used; see how the laws move without them")
+        what = f"{plural(flagged, 'run')} flagged as {'an outlier' if flagged == 1 else 'outliers'} by the publisher"
+        out.append(f"{what} {was_were(flagged)} used; see how the laws move without")
     if sizes.empty:
         return out
     if set_aside:
-        out.append(f"{set_aside} runs at worse knob settings than their (N, D) cell's best are set aside in the allocation")
+        what = f"{plural(set_aside, 'run')} at worse settings than the best of the same (N, D) cell"
+        out.append(f"{what} {is_are(set_aside)} set aside in the allocation")
     share = sizes["embedding_share"].dropna()
     if len(share) and share.median() > MOSTLY_EMBEDDINGS:
         out.append(
@@ -130,7 +133,7 @@ def _noise_warnings(noise: SeedNoise | None) -> list[str]:
     if noise is None:
         return ["no run was repeated with another seed: the noise is unknown; run 3 seeds at one middle cell"]
     if noise.df < ENOUGH_SEED_DF:
-        return [f"seed noise rests on {noise.df} degree of freedom; run 3 seeds at one middle cell"]
+        return [f"seed noise rests on {plural(noise.df, 'degree')} of freedom; run 3 seeds at one middle cell"]
     return []
 
 
@@ -141,11 +144,10 @@ def _law_warnings(law: Law) -> list[str]:
     flat = [c for c in law.cells if c["edge"] == "flat"]
     if edges:
         sides = ", ".join(sorted({c["edge"] for c in edges}))
-        out.append(
-            f"{name}: {len(edges)} of {len(law.cells)} optima lie at the edge of their grid ({sides}); extend it on that side"
-        )
+        what = f"{len(edges)} of {plural(len(law.cells), 'optimum', 'optima')}"
+        out.append(f"{name}: {what} at the edge of the grid ({sides}); extend it on that side")
     if flat:
-        out.append(f"{name}: {len(flat)} of {len(law.cells)} cells show no valley above the noise")
+        out.append(f"{name}: no valley above the noise in {len(flat)} of {plural(len(law.cells), 'cell')}")
     if law.status != "converged":
         out.append(f"{name}: {law.status.replace('_', ' ')}: {law.message}")
     elif law.tests.get("N_term") and law.tests["N_term"]["significant"]:
@@ -157,7 +159,7 @@ def _decay_warnings(law: WeightDecayLaw) -> list[str]:
     out = []
     edges = [c for c in law.cells if c["edge"] != "interior"]
     if edges:
-        out.append(f"weight decay: {len(edges)} of {len(law.cells)} cells have no optimum inside their grid")
+        out.append(f"weight decay: no optimum inside the grid in {len(edges)} of {plural(len(law.cells), 'cell')}")
     if law.status != "converged":
         out.append(f"weight decay: {law.verdict}")
     return out

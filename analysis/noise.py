@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from analysis.words import plural
+
 REPLICATE_KEY = ("N", "D", "B", "lr", "weight_decay", "width", "depth", "sequence_len", "variant", "comparable_hash")
 LISTED_CELLS = 200
 FEW_DF = 2  # below this the chi-square interval spans over a decade
@@ -59,7 +61,7 @@ def estimate_noise(frame: pd.DataFrame, *, level: float = 0.9) -> SeedNoise | No
     sd = float(np.sqrt(total / df))
     low, high = (float(np.sqrt(total / stats.chi2.ppf(q, df))) for q in ((1 + level) / 2, (1 - level) / 2))
     enough = df >= FEW_DF
-    message = f"{len(logs)} runs in {len(size)} cells, {df} degrees of freedom"
+    message = f"{plural(len(logs), 'run')} in {plural(len(size), 'cell')}, {plural(df, 'degree')} of freedom"
     if not enough:
         message += "; one pair of seeds says little, run at least 3 seeds at one middle cell"
     first = repeated.groupby(number).first()

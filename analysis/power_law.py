@@ -16,6 +16,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from analysis.law import Law, Status, unit_coefficient
+from analysis.words import plural
 
 SAME_VALUE = math.log(1.1)  # a symbol whose range is under 10% does not vary
 MIN_RANGE = math.log(1.4)  # and over less than this its exponent is noise: the published one is kept
@@ -166,7 +167,7 @@ def fit_power_law(
     n = int(points.interior.sum())
     if n == 0:
         status: Status = "at_bound" if points.bounded.any() else "too_few"
-        words = f"none of {len(points.value)} cells has its optimum inside the grid" if len(points.value) else "no cell varies it"
+        words = f"no optimum inside the grid in {plural(len(points.value), 'cell')}" if len(points.value) else "no cell varies it"
         return replace(empty, status=status, message=words, n=0)
     references = {s: float(np.exp(points.symbols[s][points.interior].mean())) for s in symbols}
     centred = {s: points.symbols[s] - math.log(references[s]) for s in symbols}
@@ -191,7 +192,9 @@ def fit_power_law(
     if status != "too_few" and n < len(points.value) / 2:
         at_edge = int(points.bounded.sum())
         status = "at_bound" if at_edge >= len(points.value) - n - at_edge else "not_identifiable"
-        doubts.append(f"only {n} of {len(points.value)} cells have an optimum inside their grid that stands out of the noise")
+        doubts.append(
+            f"only {n} of {plural(len(points.value), 'cell')} with an optimum inside the grid that stands out of the noise"
+        )
     if held:
         doubts.append("exponent of " + ", ".join(f"{s} kept at {assumed.get(s, 0.0):g} (published)" for s in held))
     coefficient = math.exp(float(line.beta[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.budgets import assign_budgets
-from analysis.clean import LeftOut, clean
+from analysis.clean import NUMBER_COLUMNS, LeftOut, clean
 from analysis.errors import DataError
+from analysis.numbers import COUNTS, to_numbers
 from analysis.records import read_records
+from analysis.words import plural
 
 CONVENTIONS = ("matrices_lm_head", "all", "matrices")
 NO_CONVENTION = "as given"
@@ -28,10 +31,10 @@ KEYS = {
 }  # fmt: skip
 # Column names recognised without a mapping, in order of preference.
 ALIASES = {
-    "params": ("N", "params", "num_params", "n_params", "parameters", "Model Size", "model_size"),
-    "tokens": ("D", "tokens", "num_tokens", "n_tokens", "Training Tokens", "tokens_trained"),
-    "loss": ("L", "loss", "val_loss", "val_bpb", "bpb", "final_loss", "Loss"),
-    "budget": ("budget", "flops_budget", "compute_budget"),
+    "params": ("N", "params", "num_params", "n_params", "parameters", "Model Size", "num_parameters"),
+    "tokens": ("D", "tokens", "num_tokens", "n_tokens", "Training Tokens", "train_tokens", "tokens_trained", "tokens_seen"),
+    "loss": ("L", "loss", "val_loss", "val_bpb", "bpb", "final_loss", "eval_loss", "validation_loss"),
+    "budget": ("budget", "flops_budget", "compute_budget", "isoflop_budget"),
     "flops": ("C", "flops", "train_flops", "Training FLOP", "compute"),
     "batch": ("B", "batch", "batch_tokens", "batch_size_tokens", "total_batch_size"),
     "lr": ("lr", "learning_rate", "matrix_lr", "eta"),
@@ -112,7 +115,7 @@ class RunTable:
         if force:
             return self.keep(self.frame["comparable_hash"].isin(list(force)), "another validation set, packing or sequence length")
         if len(counts) > 1:
-            kinds = ", ".join(f"{h or 'unknown'!r} ({n} runs)" for h, n in counts.items())
+            kinds = ", ".join(f"{h or 'unknown'!r} ({plural(n, 'run')})" for h, n in counts.items())
             raise DataError(
                 f"runs of {len(counts)} kinds that are not comparable (validation set, packing or sequence length differ): "
                 f"{kinds}; name the one to use, or name several to mix them in spite of it"
@@ -152,7 +155,7 @@ def table_from_frame(
     nominal = 6.0 * frame["N"] * frame["D"]
     if frame["C"].isna().any():
         where = "the budget column where it has one, else 6·N·D" if given is not None else "6·N·D"
-        notes.append(f"{int(frame['C'].isna().sum())} runs without a FLOPs column: C is {where}")
+        notes.append(f"{plural(int(frame['C'].isna().sum()), 'run')} without a FLOPs column: C is {where}")
     compute = frame["C"].fillna(frame["budget"]).fillna(nominal)
     budget, how = assign_budgets(compute.to_numpy(), given)
     notes.append(f"budgets: {how}")
@@ -205,6 +208,11 @@ def load_csv(
         return _nanochat_table(raw, str(path))
     chosen, notes = _choose_columns(raw, dict(mapping or {}), str(path))
     frame = pd.DataFrame({KEYS[key]: raw[column] for key, column in chosen.items()}, index=raw.index)
+    for column in frame.columns.intersection(NUMBER_COLUMNS):
+        numbers, read = to_numbers(frame[column], counts=column in COUNTS, decimal_comma=raw.attrs.get("sep") == ";")
+        if read:
+            frame[column] = frame[column].where(numbers.isna(), numbers)  # what is no number keeps its text, for its reason
+            notes.append(f"{column}: {plural(read, 'value')} written with separated thousands, a decimal comma or a suffix (26.9M)")
     convention = None if "params" in chosen else next(c for c in CONVENTIONS if f"params_{c}" in chosen)
     if sequence_len is not None and "B" in frame:
         frame["B"] = pd.to_numeric(frame["B"], errors="coerce") * sequence_len
@@ -239,12 +247,28 @@ def _read_frame(path: Path) -> pd.DataFrame:
         if path.suffix == ".parquet":
             frame = pd.read_parquet(path)
         else:
-            frame = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+            separator = _separator(path)
+            frame = pd.read_csv(path, sep=separator, skipinitialspace=True)
+            frame.columns = frame.columns.map(lambda c: str(c).strip())
+            frame.attrs["sep"] = separator
     except (ValueError, OSError) as e:  # pandas and pyarrow parse errors are ValueErrors
         raise DataError(f"{path}: cannot be read as a table ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
     if frame.empty:
         raise DataError(f"{path}: the table has no rows")
     return frame
+
+
+def _separator(path: Path) -> str:
+    """Of the header line: comma unless semicolons, tabs or bars are more."""
+    with path.open(encoding="utf-8-sig") as f:
+        head = f.readline()
+    return max((",", ";", "\t", "|"), key=head.count)
+
+
+def _plain_name(column: str) -> str:
+    """Val Loss, val-loss and val_loss are one name; single letters are not guessed at."""
+    short = re.sub(r"[^a-z0-9]", "", column.lower())
+    return short if len(short) > 2 else column
 
 
 def _choose_columns(raw: pd.DataFrame, mapping: dict[str, str], where: str) -> tuple[dict[str, str], list[str]]:
@@ -260,7 +284,9 @@ def _choose_columns(raw: pd.DataFrame, mapping: dict[str, str], where: str) -> t
         notes.append("loss: the smoothed column 'sl' (the raw last-step loss has 1.4% noise); map loss to choose another")
     for key, names in ALIASES.items():
         if key not in chosen:
-            found = [n for n in names if n in raw.columns and n not in chosen.values()]
+            free = [c for c in raw.columns if c not in chosen.values()]
+            plain = {_plain_name(c): c for c in reversed(free)}
+            found = [n for n in names if n in free] or [plain[_plain_name(n)] for n in names if _plain_name(n) in plain]
             if found:
                 chosen[key] = found[0]
     counted = any(f"params_{c}" in chosen for c in CONVENTIONS)

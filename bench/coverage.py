@@ -1,6 +1,6 @@
 """Do nominal 90% intervals cover? Noisy ladders on known surfaces, and held-out budgets of public ladders.
 
-    python bench/coverage.py [--ladders 200] [--design five]
+    python bench/coverage.py [--ladders 200] [--first 0] [--design five]
 
 A ladder is isoFLOP runs on a surface drawn at random around the published ones, predicted at ten times its largest compute.
 `loss`: interval of the expected loss against the true surface. `run`: interval of one run against a noisy one. `ratio`: interval
@@ -23,7 +23,6 @@ from analysis.allocation import (
     bootstrap_parametric,
     calibrate,
     fit_loss_model,
-    fit_parametric,
     make_runs,
     ratio_at,
 )
@@ -57,23 +56,24 @@ def draw(design: str, seed: int) -> tuple[Runs, np.ndarray, float]:
     return Runs(N=N, D=D, L=L, C=C, budget=C), theta, noise
 
 
-def known_surfaces(design: str, ladders: int) -> str:
+def known_surfaces(design: str, ladders: int, first: int = 0) -> str:
     hits = np.zeros(3)
     widths = []
     start = time.perf_counter()
-    for seed in range(ladders):
+    for seed in range(first, first + ladders):
         runs, theta, noise = draw(design, seed)
         target = 10 * float(runs.C.max())
         n, d, best = (float(v[0, 0]) for v in surface_optimum(theta[None], target, FlopsRule()))
-        p = make_predictor(fit_loss_model(runs, seed=seed).model, calibrate(runs, seed=seed)).at(target_C=target)
+        fits = fit_loss_model(runs, n_boot=300, seed=seed)
+        p = make_predictor(fits.model, calibrate(runs, seed=seed)).at(target_C=target)
         run = best * math.exp(noise * np.random.default_rng(seed + 10**6).normal())
         if p.interval is not None and p.run_interval is not None:
             hits[0] += p.interval[0] <= best <= p.interval[1]
             hits[1] += p.run_interval[0] <= run <= p.run_interval[1]
             widths.append(math.log(p.interval[1] / p.interval[0]) / 2)
-        fit = fit_parametric(runs.N, runs.D, runs.L, thorough=False)
-        boots = [bootstrap_parametric(fit, runs.N, runs.D, runs.L, n_boot=300, groups=g) for g in (None, runs.budget)]
-        ratio = ratio_at(fit, boots, target)
+        assert fits.boot is not None
+        by_budget = bootstrap_parametric(fits.surface, runs.N, runs.D, runs.L, n_boot=300, groups=runs.budget)
+        ratio = ratio_at(fits.surface, [fits.boot, by_budget], target)
         hits[2] += ratio["ratio_low"] <= d / n <= ratio["ratio_high"]
     share = hits / ladders
     return (
@@ -100,6 +100,7 @@ def held_out(name: str, drop_flagged: bool) -> tuple[str, int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ladders", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first ladder, to run them in pieces")
     parser.add_argument("--design", choices=DESIGNS, nargs="*", default=list(DESIGNS))
     args = parser.parse_args()
     print(f"{'held out':18}{'':>6}{'runs':>8}{'top runs':>12}{'minima':>10}{'scale':>9}", flush=True)
@@ -112,7 +113,7 @@ def main() -> None:
     print(f"{'together':24}{hits:>6}/{total:<4} = {hits / total:.1%}\n")
     print(f"{'known':8}{'ladders':>8}{'loss':>8}{'run':>8}{'ratio':>8}{'half width':>12}{'a ladder':>12}", flush=True)
     for design in args.design:
-        print(known_surfaces(design, args.ladders), flush=True)
+        print(known_surfaces(design, args.ladders, args.first), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from analysis.allocation.profile import leave_one_budget_out, profile_exponent
 from analysis.allocation.tools import jsonable
 from analysis.blas import single_blas_thread
 from analysis.errors import DataError
+from analysis.words import plural, was_were
 
 CONVENTIONS = ("matrices_lm_head", "all", "matrices")
 NUM_BOOT = 10_000  # leaves 3% on the heavy-tailed standard error of B at n = 240
@@ -55,7 +56,9 @@ def fit_allocation(
     usable, dropped = _usable(frame)
     runs = _runs(usable, "N")
     if runs.N.size < 5:
-        raise DataError(f"{runs.N.size} usable runs for an allocation law of 5 parameters; add runs of other sizes and horizons")
+        raise DataError(
+            f"{plural(runs.N.size, 'usable run')} for an allocation law of 5 parameters; add runs of other sizes and horizons"
+        )
     noise_sd = float(noise.sd) if noise is not None and math.isfinite(noise.sd) and noise.sd > 0 else None
     target = target_flops or 10 * float(runs.C.max())
     fits = fit_loss_model(runs, noise_sd=noise_sd, n_boot=max(n_boot, NUM_DRAWS), seed=seed, thorough=True)
@@ -212,8 +215,12 @@ def _ratio(fits: Fits, boots: dict[str, Bootstrap], target: float) -> dict[str, 
     out = ratio_at(fits.surface, list(boots.values()), target, fits.model.rule)
     iso = fits.isoflop
     if iso.N_law.status != "too_few":
-        n, d = iso.N_law.at(target)[0], iso.D_law.at(target)[0]
-        out |= {"isoflop": d / n, "isoflop_N": n, "isoflop_D": d}
+        (n, n_low, n_high), (d, d_low, d_high) = iso.N_law.at(target), iso.D_law.at(target)
+        out |= {"isoflop": d / n, "isoflop_N": n, "isoflop_D": d, "isoflop_N_low": n_low, "isoflop_N_high": n_high}
+        out |= {"isoflop_D_low": d_low, "isoflop_D_high": d_high}
+        drift = isoflop_steadiness(iso).drift
+        if drift.status == "converged":  # D/N through its own line: N* and D* err against each other
+            _, out["isoflop_low"], out["isoflop_high"] = drift.at(target)
     return out
 
 
@@ -265,7 +272,11 @@ def _labelled(row: dict[str, Any], frame: pd.DataFrame) -> dict[str, Any]:
 def _warnings(
     fits: Fits, calibration: Calibration, dropped: int, conventions: dict[str, Any], prediction: dict[str, Any]
 ) -> list[str]:
-    out = [f"{dropped} runs without a positive finite N, D and L were left out of the allocation"] if dropped else []
+    out = (
+        [f"{plural(dropped, 'run')} without a positive finite N, D and L {was_were(dropped)} left out of the allocation"]
+        if dropped
+        else []
+    )
     if fits.surface.status != "converged":
         out.append(f"allocation: {fits.surface.status.replace('_', ' ')}: {fits.surface.message}")
     doubtful = [b for b in fits.isoflop.budgets if b.status != "interior"]

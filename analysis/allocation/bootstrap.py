@@ -21,6 +21,7 @@ from analysis.allocation.starts import parameter_box
 from analysis.allocation.tools import as_columns, jsonable
 from analysis.blas import single_blas_thread
 from analysis.errors import DataError
+from analysis.words import plural
 
 NUM_PASSES = 2
 PASS_ITERATIONS = 80
@@ -173,7 +174,7 @@ def bootstrap_parametric(
     """
     n_, d_, l_ = as_columns(N=N, D=D, L=L)
     if n_.size < NUM_PARAMETERS or not np.isfinite(fit.theta[3:]).all():
-        raise DataError(f"{n_.size} runs: a bootstrap needs a fit of at least {NUM_PARAMETERS} runs; add runs")
+        raise DataError(f"{plural(n_.size, 'run')}: a bootstrap needs a fit of at least {NUM_PARAMETERS} runs; add runs")
     label = None if groups is None else np.asarray(groups)
     if label is not None and label.shape != n_.shape:
         raise DataError(f"groups has {label.size} values where N has {n_.size}: give one for each run")

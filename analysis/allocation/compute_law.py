@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from analysis.allocation.tools import as_columns, jsonable
+from analysis.words import plural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def fit_compute_law(C: Any, y: Any, *, level: float = 0.9) -> ComputeLaw:
     if np.unique(np.round(x, 9)).size < 2:
         return ComputeLaw(
             coefficient=nan, exponent=nan, exponent_interval=None, level=level, n=n, status="too_few",
-            message=f"{n} budgets: a law in compute needs two, and its error three", residual_sd=nan, log_center=nan,
+            message=f"{plural(n, 'budget')}: a law in compute needs two, and its error three", residual_sd=nan, log_center=nan,
             center_value=nan, covariance=(nan, nan),
         )  # fmt: skip
     u = x - x.mean()

@@ -14,6 +14,7 @@ from analysis.allocation.compute_law import ComputeLaw, fit_compute_law
 from analysis.allocation.isoflop import IsoflopFit
 from analysis.allocation.parametric import FlopsRule, ParametricFit
 from analysis.allocation.tools import as_columns, jsonable
+from analysis.words import plural
 
 PATH_POINTS = 25
 TIE = 1.05  # two spreads within 5% of each other are no difference
@@ -62,7 +63,7 @@ def steadiest(by_name: Mapping[str, Steadiness]) -> tuple[str | None, str]:
     words = [f"{name.replace('_', ' + ', 1) if name.count('_') > 1 else name} {spread:.2f}x" for spread, name in known]
     best = known[0][1]
     if len(known) == 1:
-        return best, f"over {len(by_name[best].ratio)} budgets D/N varies {known[0][0]:.2f}x"
+        return best, f"over {plural(len(by_name[best].ratio), 'budget')} D/N varies {known[0][0]:.2f}x"
     tie = known[1][0] <= known[0][0] * TIE
     text = f"D/N varies over {len(by_name[best].ratio)} budgets by: {', '.join(words)}"
     return best, text + ("; the first two do not differ" if tie else "")

@@ -15,6 +15,7 @@ import numpy as np
 
 from analysis.allocation.tools import as_columns, jsonable
 from analysis.blas import single_blas_thread
+from analysis.words import plural
 
 # alpha beta / (alpha + beta) is 0.154 (arXiv 2203.15556), 0.178 (arXiv 2404.10102), 0.234 and 0.251 (Marin's two ladders).
 PRIOR_GAMMA, PRIOR_LOG_SD = 0.18, 0.4
@@ -215,6 +216,6 @@ def _too_few(n: int, prior_gamma: float, prior_log_sd: float) -> FrontierFit:
     nan = math.nan
     return FrontierFit(
         E=nan, kappa=nan, gamma=nan, C0=nan, kappa0=nan, n=n, status="too_few",
-        message=f"{n} budgets with a minimum: the frontier has three parameters", residual_sd=nan, point_sd=(),
+        message=f"{plural(n, 'budget')} with a minimum: the frontier has three parameters", residual_sd=nan, point_sd=(),
         C_range=(nan, nan), prior=(prior_gamma, prior_log_sd), draws=np.empty((0, 3)),
     )  # fmt: skip

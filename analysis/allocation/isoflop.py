@@ -18,6 +18,7 @@ from analysis.allocation.compute_law import ComputeLaw, fit_compute_law
 from analysis.allocation.tools import as_columns, jsonable
 from analysis.blas import single_blas_thread
 from analysis.errors import DataError
+from analysis.words import plural
 
 MIN_SIZES = 3  # different N in a budget
 LOCAL_SPAN, LOCAL_MIN_RUNS = 4.0, 5  # the lowest loss is read from the runs within 4x of the vertex, if there are five
@@ -254,7 +255,7 @@ def _lowest(
 ) -> tuple[tuple[LowestLoss, ...], int]:
     """Each budget's lowest loss from a second parabola over the runs within 4x of the vertex.
 
-    Over a wide grid the true curve is no parabola and the vertex's loss is off by up to 0.5% (Marin's ladders, +-9x); the
+    Over a wide grid the true curve is no parabola and the vertex's loss is off by up to 0.5% (Marin's ladders, ±9x); the
     residuals of the near runs are also those that tell its error.
     """
     near: dict[float, np.ndarray] = {}
@@ -294,7 +295,7 @@ def _pooled(
 
 def _message(parabola: Parabola | None, n: int) -> str:
     if parabola is None:
-        return f"{n} runs of fewer than {MIN_SIZES} sizes: no parabola"
+        return f"{plural(n, 'run')} of fewer than {MIN_SIZES} sizes: no parabola"
     if parabola.status == "flat":
         return "no minimum: the curvature is not distinguishable from 0; widen the sizes or add seeds"
     if parabola.status == "edge":
@@ -324,7 +325,7 @@ def _laws(minima: tuple[BudgetMinimum, ...], lowest: tuple[LowestLoss, ...], low
         D_law=d_law,
         N_interior=n_sure,
         D_interior=d_sure,
-        used=f"{len(inside)} of {len(minima)} budgets have their vertex inside the grid, {len(sure)} beyond doubt",
+        used=f"vertex inside the grid at {len(inside)} of {plural(len(minima), 'budget')}, beyond doubt at {len(sure)}",
         residual_sd=sd,
         status=n_law.status if len(sure) == len(inside) or len(sure) >= 3 else "at_bound",
         message="; ".join([n_law.message, *words]).strip("; "),

@@ -16,6 +16,7 @@ from analysis.allocation.objective import NUM_PARAMETERS, Problem, log_surface
 from analysis.allocation.starts import FLOOR_E, search
 from analysis.allocation.tools import as_columns, jsonable
 from analysis.errors import DataError
+from analysis.words import plural
 
 Status = Literal["converged", "at_bound", "not_identifiable", "too_few"]
 HUBER_DELTA = 1e-3  # Hoffmann et al., D.2; far below the usual noise of 0.3-1%, so nearly a sum of absolute values
@@ -309,7 +310,7 @@ def _too_few(n: int, delta: float) -> ParametricFit:
         delta=delta,
         n=n,
         status="too_few",
-        message=f"{n} runs for {NUM_PARAMETERS} parameters: at least {NUM_PARAMETERS + 1} are needed",
+        message=f"{plural(n, 'run')} for {NUM_PARAMETERS} parameters: at least {NUM_PARAMETERS + 1} are needed",
         residual_sd=nan,
         rmse=nan,
     )

@@ -14,6 +14,7 @@ from analysis.allocation.loss_model import LossModel, fit_loss_model, make_runs
 from analysis.allocation.parametric import FlopsRule
 from analysis.allocation.tools import jsonable
 from analysis.errors import DataError
+from analysis.words import plural
 
 WARN_EXTRAPOLATION, REFUSE_EXTRAPOLATION = 10.0, 100.0  # of the largest compute fitted
 WARN_FORM_SPREAD = 0.01  # surface against frontier: a difference below 1% is no doubt worth naming
@@ -128,10 +129,11 @@ class Predictor:
             reasons.add("warn", f"{below:.0f}x below the smallest compute fitted ({m.C_range[0]:.3g} FLOPs)")
         if not m.has_frontier:
             reasons.add(
-                "refuse", f"no frontier: {m.num_budgets} budgets with a minimum, three are needed; this is the surface alone"
+                "refuse",
+                f"no frontier: {plural(m.num_budgets, 'budget')} with a minimum, three are needed; this is the surface alone",
             )
         elif m.num_budgets < MIN_BUDGETS:
-            reasons.add("warn", f"no interval: {m.num_budgets} budgets with a minimum, four are needed to calibrate one")
+            reasons.add("warn", f"no interval: {plural(m.num_budgets, 'budget')} with a minimum, four are needed to calibrate one")
         elif interval is None:
             reasons.add("warn", "no interval: no budget could be predicted from those below it")
         if m.has_frontier and m.frontier_status == "at_bound":
@@ -143,7 +145,7 @@ class Predictor:
         if interval is not None:
             half = math.log(interval[1] / interval[0]) / 2
             if half > WARN_HALF_WIDTH:
-                reasons.add("warn", f"the interval is +-{100 * half:.0f}% of the loss wide")
+                reasons.add("warn", f"the interval is as wide as ±{100 * half:.0f}% of the loss")
             apart = surface is not None and abs(surface / value - 1) > WARN_FORM_SPREAD
             if surface is not None and apart and not interval[0] <= surface <= interval[1]:
                 reasons.add(

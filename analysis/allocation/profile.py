@@ -17,6 +17,7 @@ from analysis.allocation.tools import as_columns, jsonable
 from analysis.blas import single_blas_thread
 
 GRID = np.linspace(0.02, 0.98, 97)
+SWEEP_ITERATIONS = 40  # a split that needs more has a better start coming from its neighbour, or is far from the best one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,8 @@ def profile_exponent(fit: ParametricFit, N: Any, D: Any, L: Any, *, level: float
         return None
     deviance = 2 * (value - value.min()) * inside / square * (n_.size - NUM_PARAMETERS) / n_.size
     limit = float(stats.t.ppf((1 + level) / 2, n_.size - NUM_PARAMETERS)) ** 2
+    if not np.isfinite(deviance).all():
+        return None
     below = np.flatnonzero(deviance <= limit)
     low, high = _cross(grid, deviance, limit, below[0], -1), _cross(grid, deviance, limit, below[-1], 1)
     ends = (bool(below[0] == 0), bool(below[-1] == grid.size - 1))
@@ -99,15 +102,15 @@ def profile_exponent(fit: ParametricFit, N: Any, D: Any, L: Any, *, level: float
 
 
 def _sweep(objective: _AtFixedSplit, problem: Problem, grid: np.ndarray, fit: ParametricFit) -> np.ndarray:
-    """Best objective at each split, (G,): from the free fit, then twice from the neighbours' answers."""
+    """Best objective at each split, (G,): from the free fit, twice from the neighbours' answers, then on from its own."""
     box = parameter_box(problem)
     bounds = Box(lower=np.append(box.lower[:3], 0.0), upper=np.append(box.upper[:3], min(box.upper[3:])))
     free = fit.centred
     phi = np.tile(np.append(free[:3], free[3] + free[4]), (grid.size, 1))
-    theta, value, _ = minimize(objective, phi, bounds)
-    for step in (1, -1, 1, -1):
+    theta, value, _ = minimize(objective, phi, bounds, SWEEP_ITERATIONS)
+    for step in (1, -1, 1, -1, 0):
         start = np.roll(theta, step, axis=0)
-        new, new_value, _ = minimize(objective, start, bounds)
+        new, new_value, _ = minimize(objective, start, bounds, SWEEP_ITERATIONS)
         better = new_value < value
         theta[better], value[better] = new[better], new_value[better]
     return value

@@ -16,11 +16,16 @@ LEFT_OUT = re.compile(r"\d+ rows? (is|are) left out")  # a fact; a large share g
 BUDGET = re.compile(r"budget (?P<budget>\S+) FLOPs \((?P<status>[^)]*)\): (?P<message>.*)$")
 STATUS_ADVICE = {"too few": "fewer than three sizes, no parabola"}
 MANY_LEFT_OUT = 0.1  # share of rows left out from which a reader should know at once
+MOST_SHOWN = 4  # cautions above the verdict: more are not read
+SECTION = re.compile(r"(Batch size|Learning rate|Weight decay|D/N is steadiest|[Bb]udgets? |Frontier: \d|Embeddings are .* middle)")
+STATUSES = ("at bound", "not identifiable", "too few", "no law", "an N term")
+ECHOES = (("The frontier is at a bound", "Frontier: "), ("The parametric surface is", "Allocation: "))
 SETTING_TITLES = {"batch_size": "Batch size", "learning_rate": "Learning rate", "weight_decay": "Weight decay"}
 
 
-def warning_facts(raw: Mapping[str, Any], table: RunTable, facts: Mapping[str, Any]) -> list[dict[str, str]]:
-    """[{"level": bad|warn|note, "text"}], without repetition."""
+def warning_facts(raw: Mapping[str, Any], table: RunTable, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """[{"level": bad|warn|note, "text", "lesser"}], without repetition, those that change a decision first. `lesser`: what a
+    section tells too, or no decision hangs on; the page folds them."""
     found: list[dict[str, str]] = []
     laws_hash = str(raw.get("source_hash") or "")
     if laws_hash and not _fitted_to(table, laws_hash):
@@ -39,9 +44,48 @@ def warning_facts(raw: Mapping[str, Any], table: RunTable, facts: Mapping[str, A
         )
         found.append({"level": "warn", "text": text})
     unique: dict[str, dict[str, str]] = {}
-    for warning in found:
+    for warning in _laws_together(found):
         unique.setdefault(warning["text"], warning)
-    return sorted(unique.values(), key=lambda w: LEVELS.index(w["level"]))
+    told = sorted(_without_echoes(list(unique.values())), key=lambda w: LEVELS.index(w["level"]))
+    shown = 0
+    out: list[dict[str, Any]] = []
+    for warning in told:
+        main = warning["level"] == "bad" or (
+            warning["level"] == "warn" and not SECTION.match(warning["text"]) and shown < MOST_SHOWN
+        )
+        shown += main
+        out.append({**warning, "lesser": not main})
+    return sorted(out, key=lambda w: w["lesser"])
+
+
+def _laws_together(found: list[dict[str, str]]) -> list[dict[str, str]]:
+    """All that is said of one setting's law in one warning, its status first."""
+    groups: dict[str, list[str]] = {}
+    rest = []
+    for warning in found:
+        title = next((t for t in SETTING_TITLES.values() if warning["text"].startswith(f"{t}: ")), None)
+        if title is None or warning["level"] != "warn":
+            rest.append(warning)
+        else:
+            groups.setdefault(title, []).append(warning["text"].removeprefix(f"{title}: ").rstrip("."))
+    joined = [f"{title}: {'; '.join(sorted(dict.fromkeys(texts), key=_is_detail))}." for title, texts in groups.items()]
+    return rest + [{"level": "warn", "text": text} for text in joined]
+
+
+def _is_detail(text: str) -> bool:
+    return not text.startswith(STATUSES)
+
+
+def _without_echoes(found: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A prediction repeats in short what the fits said at length: the long form stays, at the place of the short one."""
+    out = list(found)
+    for short, long in ECHOES:
+        first = next((i for i, w in enumerate(out) if short in w["text"]), None)
+        second = next((i for i, w in enumerate(out) if w["text"].startswith(long)), None)
+        if first is not None and second is not None and first != second:
+            out[first] = {**out[first], "text": out[second]["text"]}
+            del out[second]
+    return out
 
 
 def _fitted_to(table: RunTable, laws_hash: str) -> bool:

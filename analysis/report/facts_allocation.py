@@ -195,10 +195,14 @@ def _prediction(raw: Block, path: Block) -> dict[str, Any]:
     if fmt.is_number(out.get("run_low")) and fmt.is_number(out.get("run_high")):
         out |= {"expected_low": out.get("low"), "expected_high": out.get("high"), "low": out["run_low"], "high": out["run_high"]}
     ratio = raw.get("ratio") or {}
+    if _by_minima(raw, out):
+        out |= {key: ratio[f"isoflop_{key}"] for key in ("N", "N_low", "N_high", "D", "D_low", "D_high")}
+        out |= {"ratio": ratio["isoflop"], "ratio_low": ratio.get("isoflop_low"), "ratio_high": ratio.get("isoflop_high")}
+    out["by"] = "minima" if _by_minima(raw, out) else "surface"
     same = fmt.is_number(ratio.get("C")) and abs(ratio["C"] / out["C"] - 1) < 1e-9
     for key in ("N", "D", "ratio"):
         for end in ("low", "high"):
-            if not fmt.is_number(out.get(f"{key}_{end}")):
+            if out["by"] == "surface" and not fmt.is_number(out.get(f"{key}_{end}")):
                 out[f"{key}_{end}"] = ratio.get(f"{key}_{end}") if same else _along(path, f"{key}_{end}", float(out["C"]))
     known = fmt.is_number(out.get("low"))
     interval = f"90% interval {fmt.interval(out['low'], out.get('high'), fmt.loss)}" if known else "no interval can be given"
@@ -208,6 +212,16 @@ def _prediction(raw: Block, path: Block) -> dict[str, Any]:
         text += f"; the surface, another form of the same law, gives {fmt.loss(out['surface'])} "
         text += f"({fmt.percent(out['surface'] / out['value'] - 1, 2, True)})"
     return {**out, "text": text + "."}
+
+
+def _by_minima(raw: Block, prediction: Block) -> bool:
+    """Whether N* and D* of the target are better taken from the laws through the isoFLOP minima: the surface did not converge, they
+    did, and nobody asked for another model."""
+    ratio, iso = raw.get("ratio") or {}, raw.get("isoflop") or {}
+    if (raw.get("parametric") or {}).get("status") == "converged" or not fmt.is_number(ratio.get("isoflop_N_low")):
+        return False
+    good = all((iso.get(key) or {}).get("status") == "converged" for key in ("N", "D"))
+    return good and iso.get("status") == "converged" and abs(ratio["C"] / prediction["C"] - 1) < 1e-9
 
 
 def _along(path: Block, key: str, c: float) -> float | None:

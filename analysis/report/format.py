@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import TypeGuard
 
+from analysis.words import plural as plural
+
 SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 SI_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 MISSING = "–"
@@ -103,10 +105,6 @@ def interval(low: float | None, high: float | None, formatter: Formatter) -> str
 
 def level(value: float | None) -> str:
     return "90%" if value is None else f"{100 * value:.0f}%"
-
-
-def plural(number: int, noun: str, many: str | None = None) -> str:
-    return f"{number:,} {noun if number == 1 else many or noun + 's'}"
 
 
 def join(words: list[str]) -> str:

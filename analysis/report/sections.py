@@ -42,11 +42,19 @@ def masthead(facts: Facts) -> Html:
 def notices(facts: Facts) -> Html:
     if not facts["warnings"]:
         return tag("p", "No warnings: nothing in these runs speaks against the laws below.", "calm")
+    main = [w for w in facts["warnings"] if not w.get("lesser")]
+    lesser = [w for w in facts["warnings"] if w.get("lesser")]
+    parts = [_notice_list(main, "Warnings")] if main else []
+    if lesser:
+        parts.append(details(fmt.plural(len(lesser), "lesser caution"), _notice_list(lesser, "Lesser warnings")))
+    return tag("div", parts, "warnings")
+
+
+def _notice_list(warnings: list[Mapping[str, Any]], label: str) -> Html:
     items = [
-        tag("li", [tag("b", NOTICE_WORDS[w["level"]]), tag("span", rich(w["text"]))], w["level"], role="listitem")
-        for w in facts["warnings"]
+        tag("li", [tag("b", NOTICE_WORDS[w["level"]]), tag("span", rich(w["text"]))], w["level"], role="listitem") for w in warnings
     ]
-    return tag("ul", items, "notices", aria_label="Warnings")
+    return tag("ul", items, "notices", aria_label=label)
 
 
 def verdict(facts: Facts) -> Html:

@@ -9,7 +9,7 @@ from typing import Any
 from analysis.report import format as fmt
 
 SETTING_WORDS = {"batch_size": "batch", "learning_rate": "learning rate", "weight_decay": "weight decay"}
-ALLOCATION_KEYS = ("C", "N", "N_low", "N_high", "D", "D_low", "D_high", "ratio", "ratio_low", "ratio_high")
+ALLOCATION_KEYS = ("by", "C", "N", "N_low", "N_high", "D", "D_low", "D_high", "ratio", "ratio_low", "ratio_high")
 
 
 def verdict_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +56,8 @@ def _allocation(facts: Mapping[str, Any]) -> str:
     interval = fmt.interval(p.get("ratio_low"), p.get("ratio_high"), fmt.significant)
     several = len(facts["conventions"].get("by_name") or {}) > 1
     where = f", counting {facts['convention_label']}" if several else ""
+    if p.get("by") == "minima":
+        where += ", by the isoFLOP minima, since the surface is not settled"
     return (
         f"At {fmt.flops(p['C'])} FLOPs train {fmt.count(p['N'])} parameters on {fmt.count(p['D'])} tokens: "
         f"{fmt.significant(p['ratio'])} tokens per parameter (90% interval {interval}){where}."

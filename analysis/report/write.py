@@ -31,6 +31,7 @@ def write_report(
     production: Mapping[str, Any] | None = None,
     promotions: Sequence[Mapping[str, Any]] | None = None,
     mlflow_uri: str | None = None,
+    mlflow_store: str | None = None,
     title: str = DEFAULT_TITLE,
 ) -> Path:
     """Write one self-contained HTML file to `path` (atomically) and return it.
@@ -38,8 +39,9 @@ def write_report(
     `laws`: Laws, or its dict, fitted to `table`. `production`: {"name", "run_id", "N", "D", "C", "predicted", "low", "high",
     "surface", "measured" (None before it ran), "seconds", "predicted_at"}, any of them missing. `promotions`: [{"change",
     "stage", "verdict": adopt|reject|undecided, "n_seeds", "axes": {"steps"|"flops"|"seconds": {"gain" (share of the loss,
-    positive is better), "low", "high", "p_value"}}, "reason"}]. `mlflow_uri`: see `run_url`. Raises DataError for an address
-    that cannot be linked to and for a path that cannot be written.
+    positive is better), "low", "high", "p_value"}}, "reason"}]. `mlflow_uri`: see `run_url`;
+    `mlflow_store`: the store from which this machine would serve that page, for a note that says how. Raises DataError for an
+    address that cannot be linked to and for a path that cannot be written.
     """
     link = run_url(mlflow_uri)
     facts = report_facts(laws, table, production, promotions, title=title)
@@ -47,6 +49,10 @@ def write_report(
     if len(drawn) < of:
         facts["source"]["notes"].append(f"figures draw {len(drawn):,} of {of:,} runs, evenly chosen; every fit uses all of them")
         facts["source"]["text"] += f" Figures draw {len(drawn):,} of {of:,} runs; every fit uses all of them."
+    if link is not None and mlflow_store:
+        facts["source"]["notes"].append(
+            f"runs link to {mlflow_uri}, which `mlflow ui --backend-store-uri {mlflow_store}` serves on this machine"
+        )
     if mlflow_uri and link is None:
         facts["source"]["notes"].append(f"MLflow store: {mlflow_uri} (`mlflow ui --backend-store-uri {mlflow_uri}` shows it)")
     path = Path(path)

@@ -103,6 +103,7 @@ class ProductionStages:
         from analysis.laws import Laws
         from analysis.report import write_report
         from analysis.table import load_records
+        from nanoladder.mlflow_page import local_page
 
         workspace = self.ladder.workspace
         write_report(
@@ -112,6 +113,7 @@ class ProductionStages:
             production=read_production(workspace),
             promotions=read_promotions(workspace),
             title="nanoladder demo",
+            **local_page(workspace),
         )
         size = workspace.report_path.stat().st_size
         return {"hash": content_hash([size]), "summary": f"{workspace.report_path} ({size / 1e6:.1f} MB)"}

@@ -67,7 +67,7 @@ def test_gaps_and_missing_budgets_do_not_break_it():
     frame.loc[[5, 9], "budget"] = np.nan
     frame.loc[7, "C"] = np.nan
     block = fit_allocation(frame.drop(columns="C_kept"), n_boot=200)
-    assert block["n"] == 23 and "1 runs without" in block["warnings"][0]
+    assert block["n"] == 23 and "1 run without" in block["warnings"][0]
     without = fit_allocation(frame.drop(columns=["budget", "C", "C_kept"]), n_boot=200)
     assert without["isoflop"]["budgets"] == [] and without["frontier"]["status"] == "too_few"
     assert without["prediction"]["verdict"] == "refuse" and without["prediction"]["interval"] is None

@@ -53,12 +53,12 @@ def test_laws_survive_the_file(laws, tmp_path):
 
 def test_warnings_say_what_is_doubtful(laws, tmp_path):
     assert any("weight decay: not identifiable" in w for w in laws.warnings)
-    assert any("rows are left out" in w for w in laws.warnings)
+    assert any("left out, each with its reason" in w for w in laws.warnings)
     write_ladder(tmp_path, replace(DEMO, edge=True, seed_replicates=0))
     small = fit_laws(load_records(tmp_path), target_flops=4e15, n_boot=QUICK)
     text = " | ".join(small.warnings)
     assert "the noise is unknown; run 3 seeds" in text
-    assert "batch size: 1 of 3 optima lie at the edge of their grid (low)" in text
+    assert "batch size: 1 of 3 optima at the edge of the grid (low)" in text
     assert "beyond the largest compute fitted" in text
     with pytest.raises(DataError, match="batch_size is too_few"):
         small.check_usable(names=("batch_size",))
@@ -112,7 +112,7 @@ def test_step_law_table_whole():
     assert laws.learning_rate.parameters["N"] == pytest.approx(-0.695, abs=0.002)
     assert laws.weight_decay is None and laws.noise is None
     assert laws.runs_used["allocation"] == 17
-    assert any("1894 runs at worse knob settings" in w for w in laws.warnings)
+    assert any("1,894 runs at worse settings than the best" in w for w in laws.warnings)
     assert any("an N term is significant" in w for w in laws.warnings)
 
 

@@ -75,7 +75,7 @@ def test_noisy_last_step_losses_give_no_confident_law():
     frame = load_csv(STEPLAW, {"loss": "loss"}).frame
     law = fit_batch_size(frame)
     assert law.status in ("not_identifiable", "at_bound", "too_few")
-    assert "of 17 cells have an optimum inside their grid" in law.message
+    assert "of 17 cells with an optimum inside the grid" in law.message
 
 
 def params_of(depth: int, vocab: int = 32768) -> float:

@@ -56,7 +56,7 @@ def _minimum(budget: Mapping[str, Any], hue: str, loss_name: str) -> go.Scatter 
     lines = [
         f"<b>{what}</b>, {fmt.flops(budget['C'])} FLOPs",
         f"N* {fmt.count(budget['N_opt'])} ({fmt.interval(budget.get('N_low'), budget.get('N_high'), fmt.count)})",
-        f"D* {fmt.count(budget.get('D_opt'))} · {loss_name} {fmt.loss(budget['L_opt'])} · {budget['n']} runs",
+        f"D* {fmt.count(budget.get('D_opt'))} · {loss_name} {fmt.loss(budget['L_opt'])} · {fmt.plural(budget['n'], 'run')}",
     ]
     return go.Scatter(
         x=[budget["N_opt"]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +18,11 @@ Fit = Mapping[str, Any]
 
 
 def surface_loss(fit: Fit, n: Any, d: Any) -> Any:
-    """L(N, D) = E + A/N^alpha + B/D^beta (N scaling parameters, D tokens, L in the unit of the data)."""
-    return fit["E"] + fit["A"] / np.power(n, fit["alpha"]) + fit["B"] / np.power(d, fit["beta"])
+    """L(N, D) = E + A/N^alpha + B/D^beta (N scaling parameters, D tokens, L in the unit of the data), from the logarithms of E, A
+    and B where the fit has them: those of a handful of runs may be beyond a double."""
+    terms = [fit[f"log_{k}"] if fmt.is_number(fit.get(f"log_{k}")) else math.log(fit[k]) for k in ("E", "A", "B")]
+    with np.errstate(over="ignore"):
+        return np.exp(terms[0]) + np.exp(terms[1] - fit["alpha"] * np.log(n)) + np.exp(terms[2] - fit["beta"] * np.log(d))
 
 
 def surface_figure(facts: Mapping[str, Any], runs: pd.DataFrame) -> go.Figure | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from analysis.design import Design
     from analysis.laws import Laws
     from analysis.table import RunTable
+    from nanoladder.mlflow_page import MlflowPage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,14 @@ class TableOptions:
     """With --mlflow: the experiment."""
     params: str = ""
     """Column of N, the parameters, in a table of your own."""
+    params_matrices_lm_head: str = ""
+    """Column of N counted as matrices and lm_head, where a table counts parameters in several ways."""
+    params_all: str = ""
+    """Column of N counted as all parameters."""
+    params_matrices: str = ""
+    """Column of N counted as matrices only."""
+    convention: Literal["matrices_lm_head", "all", "matrices"] | None = None
+    """Which count of parameters is N where several are known: records, MLflow, results.csv, or the columns above."""
     tokens: str = ""
     """Column of D, the training tokens."""
     loss: str = ""
@@ -50,6 +59,8 @@ class TableOptions:
     """Column of the model's width."""
     group: str = ""
     """Column that names the trunk run of points that share one."""
+    seed: Annotated[str, tyro.conf.arg(name="seed-column")] = ""
+    """Column of the seed: runs that differ in nothing else tell the noise."""
     batch_sequence_len: int | None = None
     """Tokens a sequence, when the batch column counts sequences."""
     drop_outliers: str = ""
@@ -59,13 +70,16 @@ class TableOptions:
     several to mix them in spite of it."""
 
     def mapping(self) -> dict[str, str]:
-        names = ("params", "tokens", "loss", "budget", "flops", "batch", "lr", "weight_decay", "width", "group")
+        names = ("params", "params_matrices_lm_head", "params_all", "params_matrices", "tokens", "loss", "budget", "flops")
+        names += ("batch", "lr", "weight_decay", "width", "group", "seed")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     def read(self) -> RunTable:
         """The table of runs, only those of --comparable where that is given. Raises DataError or ConfigError on what cannot be
         read."""
         table = self._read()
+        if self.convention:
+            table = table.with_convention(self.convention)
         return table.only_comparable(self.comparable) if self.comparable else table
 
     def _read(self) -> RunTable:
@@ -189,7 +203,8 @@ class Report:
     """Where to write the page; left out: report.html beside the runs of --storage."""
     title: str = "Scaling laws"
     mlflow_page: str = ""
-    """Page of an MLflow experiment that runs should link to, for example http://127.0.0.1:5000/#/experiments/1."""
+    """Page of an MLflow experiment that runs should link to, for example http://127.0.0.1:5000/#/experiments/1; left out: the page
+    that `mlflow ui` shows for the MLflow of --storage."""
     markdown: bool = False
     """Print the facts as Markdown instead of writing the page."""
     json: Json = False
@@ -212,8 +227,17 @@ class Report:
         out = (
             Path(self.out) if self.out else (Workspace(self.data.storage).report_path if self.data.storage else Path("report.html"))
         )
-        write_report(laws, table, out, title=self.title, mlflow_uri=self.mlflow_page or None, **extra)
+        write_report(laws, table, out, title=self.title, **self.mlflow_address(), **extra)
         print(f"written: {out}")
+
+    def mlflow_address(self) -> MlflowPage:
+        if self.mlflow_page:
+            return {"mlflow_uri": self.mlflow_page}
+        if not self.data.storage:
+            return {}
+        from nanoladder.mlflow_page import local_page
+
+        return local_page(Workspace(self.data.storage))
 
     def recorded(self) -> dict[str, Any]:
         """Prediction against production, and promotions, where the storage root has them."""
