@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from nanochat_model.config import DataConfig, GPTConfig, TrainConfig
@@ -15,7 +15,7 @@ from nanochat_model.horizon import Horizon
 from nanochat_model.identity import run_id
 from nanochat_model.overrides import apply_overrides, dotted_keys
 from nanochat_model.recipe import RESOLVE_KEYS
-from nanoladder.space import Value, enumerate_space, format_values
+from nanoladder.space import Times, Value, enumerate_space, format_values
 from nanoladder.sweep import BASELINE, Cell, Sweep
 
 VARIANT = "variant"  # the one dimension of a sweep with variants
@@ -63,17 +63,53 @@ def resolve_config(
     """The TrainConfig of a candidate: overrides of sweep, cell and candidate, the later ones winning, through the recipe.
 
     `model.*` keys change the cell's model before N, D and the rules are worked out. `batch_multiplier` multiplies the batch
-    that the recipe gives this cell, to the nearest whole row. Raises ConfigError naming the nearest known key.
+    that the recipe gives this cell, to the nearest whole row; a `Times` what the cell's number under that key would be without
+    it. Raises ConfigError naming the nearest known key.
     """
-    overrides: dict[str, Any] = {**sweep.overrides, **cell.overrides, **candidate_overrides(sweep, values or {})}
-    _check_keys(overrides, sweep.name)
+    overrides, times = _stack((sweep.overrides, cell.overrides, candidate_overrides(sweep, values or {})))
+    _check_keys({**overrides, **times}, sweep.name)
     of_model = {k.removeprefix("model."): overrides.pop(k) for k in list(overrides) if k.startswith("model.")}
     model = apply_overrides(cell.model, of_model)
-    if BATCH_MULTIPLIER in overrides:
-        factor = float(overrides.pop(BATCH_MULTIPLIER))
-        rows = sweep.recipe.resolve(model, cell.horizon).rows_per_batch
+    factor = float(overrides.pop(BATCH_MULTIPLIER, 1.0)) * times.pop(BATCH_MULTIPLIER, 1.0) * times.pop("batch_tokens", 1.0)
+    if factor != 1.0:
+        rows = float(overrides.get("batch_tokens", 0)) / model.sequence_len
+        rows = rows or sweep.recipe.resolve(model, cell.horizon).rows_per_batch
         overrides["batch_tokens"] = max(1, round(rows * factor)) * model.sequence_len
+    for key in [k for k in times if k in RESOLVE_KEYS]:
+        overrides[key] = float(overrides.get(key, 1.0)) * times.pop(key)
+    if times:
+        plain = flatten(sweep.recipe.resolve(model, cell.horizon, overrides=overrides))
+        overrides |= {k: _multiplied(k, plain[k], factor, sweep.name) for k, factor in times.items()}
     return sweep.recipe.resolve(model, cell.horizon, data=data, seed=seed, overrides=overrides)
+
+
+def _stack(layers: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Overrides of all layers, the later ones winning, and the factors on top: a plain value takes back factors before it."""
+    overrides: dict[str, Any] = {}
+    times: dict[str, float] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, Times):
+                times[key] = times.get(key, 1.0) * value.factor
+            else:
+                overrides[key] = value
+                times.pop(key, None)
+    return overrides, times
+
+
+def _multiplied(key: str, value: Any, factor: float, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"sweep {where}: {key} is {value!r}, no number, so Times({factor:g}) of it means nothing; give a value")
+    return value * factor
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a nested dataclass."""
+    flat: dict[str, Any] = {}
+    for f in fields(value):
+        child = getattr(value, f.name)
+        flat |= flatten(child, f"{prefix}{f.name}.") if is_dataclass(child) else {prefix + f.name: child}
+    return flat
 
 
 def make_trial(

@@ -108,6 +108,7 @@ def promotion(size: DemoSize = DEMO, recipe: Recipe | None = None) -> Ladder:
         stages=(Stage(name="small", cells=(small,)), Stage(name="large", cells=(large,))),
         seeds=size.promotion_seeds,
         overrides={"eval.every_steps": size.promotion_eval_steps},
+        laws="none",
         packing="keep_remainder",
         backend="actor",
         runtime=TRIAL_RUNTIME,

@@ -2,24 +2,39 @@
 
 A stage is a sweep over variants: the baseline and its candidates, by the same seeds, so that runs pair. A candidate goes on
 when its gain exceeds the seed noise (`analysis.compare`). The verdicts lie in sweeps/<ladder>/promotions.json.
+
+What goes on is moved: each stage takes the recipe with the laws that are current when it begins (laws.json; the choice is kept in
+sweeps/<ladder>/<stage>/recipe.json), and a value that won goes on as a multiple of what the recipe gives there (`Times`), because
+the best batch, rates and decay of one size are not those of the next.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
+from typing import Any, Literal, TypeAlias
 
 from nanochat_model.config import DataConfig, Packing, RuntimeConfig
 from nanochat_model.errors import ConfigError
+from nanochat_model.identity import content_hash, from_dict, write_atomic
 from nanochat_model.recipe import NANOCHAT, Recipe
 from nanochat_model.record import RunRecord
+from nanoladder.cells import VARIANT, flatten, resolve_config
 from nanoladder.execute import execute_sweep
+from nanoladder.facts_file import SCHEMA_VERSION, read_facts
+from nanoladder.laws_to_recipe import recipe_from_laws
 from nanoladder.listen import Listener, SweepProgress
-from nanoladder.promote import Promotion, judge_stage, not_reached, tag_verdicts, write_promotions
+from nanoladder.promote import Promotion, judge_screened, judge_stage, mean_gain, not_reached, tag_verdicts, write_promotions
+from nanoladder.space import Times
 from nanoladder.sweep import BASELINE, Backend, Cell, Sweep
 from nanoladder.sweep_index import read_index
 from nanoladder.workspace import Workspace
+
+RECIPE_FILE = "recipe.json"
+RunsByVariant: TypeAlias = dict[str, dict[int, RunRecord]]  # variant -> pair number -> complete run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +44,7 @@ class Stage:
     name: str
     cells: tuple[Cell, ...]
     seeds: tuple[int, ...] = ()  # (): the ladder's
+    finalists: int = 0  # all candidates run by the first seed, and only so many of the best by the others; 0: all by all seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +61,7 @@ class Ladder:
     alpha: float = 0.05  # of the test that a gain exceeds min_gain
     min_gain: float = 0.0  # relative loss
     combine: bool = False  # winners of a stage also go on together, as one more candidate
+    laws: Literal["current", "none"] = "current"  # which laws move the recipe between stages; "none": its own rules alone
     overrides: Mapping[str, Any] = field(default_factory=dict)
     packing: Packing = "best_fit"
     backend: Backend = "auto"
@@ -64,17 +81,21 @@ class Ladder:
             raise ConfigError(f"ladder {self.name} needs variants besides the {BASELINE}, which is added by itself (no overrides)")
         if not 0 < self.alpha < 0.5:
             raise ConfigError(f"alpha {self.alpha} of ladder {self.name} must lie in 0..0.5, for example 0.05")
+        if self.laws not in ("current", "none"):
+            raise ConfigError(f'laws {self.laws!r} of ladder {self.name} must be "current" or "none"')
         for stage in self.stages:
+            if stage.finalists < 0:
+                raise ConfigError(f"finalists {stage.finalists} of stage {stage.name} must be 0 (all candidates) or more")
             self.stage_sweep(stage, self.variants)
 
-    def stage_sweep(self, stage: Stage, variants: Mapping[str, Mapping[str, Any]]) -> Sweep:
+    def stage_sweep(self, stage: Stage, variants: Mapping[str, Mapping[str, Any]], recipe: Recipe | None = None) -> Sweep:
         return Sweep(
             name=f"{self.name}/{stage.name}",
             question=self.question,
             source=self.source,
             purpose="promotion",
             stage=stage.name,
-            recipe=self.recipe,
+            recipe=recipe or self.recipe,
             cells=stage.cells,
             variants={BASELINE: {}, **variants},
             overrides=self.overrides,
@@ -107,23 +128,24 @@ def execute_ladder(
     """
     variants: Mapping[str, Mapping[str, Any]] = ladder.variants
     promotions: list[Promotion] = []
+    options |= {"data": data, "progress": progress, "listeners": listeners, "mlflow_uri": mlflow_uri}
+    uri = workspace.mlflow_uri if mlflow_uri is None else mlflow_uri
+
+    def run(sweep: Sweep) -> RunsByVariant:
+        return by_variant(sweep, workspace, execute_sweep(sweep, workspace, **options))
+
     for number, stage in enumerate(ladder.stages):
-        sweep = ladder.stage_sweep(stage, variants)
-        records = execute_sweep(
-            sweep, workspace, data=data, progress=progress, listeners=listeners, mlflow_uri=mlflow_uri, **options
-        )
-        judged = judge_stage(
-            sweep,
-            by_variant(sweep, workspace, records),
-            alpha=ladder.alpha,
-            min_gain=ladder.min_gain,
-            noise=noise,
-            before=promotions,
-        )
+        sweep = ladder.stage_sweep(stage, variants, stage_recipe(ladder, stage, workspace))
+        judging = {"alpha": ladder.alpha, "min_gain": ladder.min_gain, "before": promotions}
+        chosen = finalists(sweep, stage.finalists, run)
+        final = replace(sweep, variants={k: v for k, v in sweep.variants.items() if k in (BASELINE, *chosen)})
+        runs = run(final)
+        judged = judge_stage(final, runs, noise=noise, num_candidates=len(sweep.variants) - 1, **judging)
+        if len(final.variants) < len(sweep.variants):
+            judged += judge_screened(sweep, final, run(screening(sweep)), runs, **judging)
         promotions += judged
-        uri = workspace.mlflow_uri if mlflow_uri is None else mlflow_uri
-        tag_verdicts(uri, workspace.root / "mlartifacts", sweep, judged)
-        variants = winners(judged, combine=ladder.combine)
+        tag_verdicts(uri, workspace.root / "mlartifacts", final, judged)
+        variants = moved(winners(judged, sweep.variants, combine=ladder.combine), sweep)
         rest = ladder.stages[number + 1 :]
         write_promotions(workspace, ladder.name, ladder.question, promotions, not_reached([s.name for s in rest], bool(variants)))
         if not variants:
@@ -131,7 +153,60 @@ def execute_ladder(
     return promotions
 
 
-def by_variant(sweep: Sweep, workspace: Workspace, records: Sequence[RunRecord]) -> dict[str, dict[int, RunRecord]]:
+def stage_recipe(ladder: Ladder, stage: Stage, workspace: Workspace) -> Recipe:
+    """The ladder's recipe, moved by the laws that are current when the stage first begins; later starts take the same again."""
+    if ladder.laws == "none":
+        return ladder.recipe
+    path = workspace.sweep_dir(f"{ladder.name}/{stage.name}") / RECIPE_FILE
+    base_hash = content_hash(asdict(ladder.recipe))
+    if path.exists():
+        facts = read_facts(path, "recipe", "remove it, and start the ladder again with the laws it had")
+        if facts["base"] == base_hash:
+            return from_dict(type(ladder.recipe), facts["recipe"], "recipe: ")
+    recipe, uses = ladder.recipe, []
+    if workspace.laws_path.exists():
+        laws = json.loads(workspace.laws_path.read_text(encoding="utf8"))
+        doubtful = [u.quantity for u in recipe_from_laws(laws, recipe).uses if u.blocking]
+        fitted = recipe_from_laws(laws, recipe, without=doubtful)
+        recipe, uses = fitted.recipe, [asdict(u) for u in fitted.uses]
+    facts = {"schema_version": SCHEMA_VERSION, "base": base_hash, "uses": uses, "recipe": asdict(recipe)}
+    write_atomic(path, json.dumps(facts, indent=1))
+    return recipe
+
+
+def screening(sweep: Sweep) -> Sweep:
+    """The same stage by its first seed alone."""
+    return replace(sweep, name=f"{sweep.name}/screen", seeds=sweep.seeds[:1])
+
+
+def finalists(sweep: Sweep, count: int, run: Callable[[Sweep], RunsByVariant]) -> list[str]:
+    """The candidates that get all seeds: all of them, or the best `count` by the first seed."""
+    candidates = [name for name in sweep.variants if name != BASELINE]
+    if not count or count >= len(candidates) or len(sweep.seeds) == 1:
+        return candidates
+    screened = run(screening(sweep))
+    return sorted(candidates, key=lambda name: -mean_gain(screened[BASELINE], screened[name]))[:count]
+
+
+# Values that the recipe's rules work out from each cell's own N, D and B: a winner's goes on as a multiple of them.
+RULED = ("batch_tokens", "optimizer.weight_decay", *(f"optimizer.{k}_lr" for k in ("matrix", "embedding", "unembedding", "scalar")))
+
+
+def moved(variants: Mapping[str, Mapping[str, Any]], sweep: Sweep) -> dict[str, Mapping[str, Any]]:
+    """The winners of a stage for the next one: what the rules govern as a factor on the baseline's value in this stage's cells
+    (their geometric mean)."""
+    baselines = [flatten(resolve_config(sweep, cell, {VARIANT: BASELINE})) for cell in sweep.cells]
+
+    def move(key: str, value: Any) -> Any:
+        known = [float(b[key]) for b in baselines] if key in RULED else []
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or not known or min(known) <= 0:
+            return value
+        return Times(math.exp(fmean(math.log(float(value) / b) for b in known)))
+
+    return {name: {k: move(k, v) for k, v in overrides.items()} for name, overrides in variants.items()}
+
+
+def by_variant(sweep: Sweep, workspace: Workspace, records: Sequence[RunRecord]) -> RunsByVariant:
     """Variant -> pair number -> record; equal numbers (cell and seed) make a pair. Runs that did not complete are left out."""
     known = {r.run_id: r for r in records if r.status == "complete"}
     pairs: dict[tuple[str, int], int] = {}
@@ -143,11 +218,13 @@ def by_variant(sweep: Sweep, workspace: Workspace, records: Sequence[RunRecord])
     return found
 
 
-def winners(judged: Sequence[Promotion], *, combine: bool) -> dict[str, Mapping[str, Any]]:
+def winners(
+    judged: Sequence[Promotion], variants: Mapping[str, Mapping[str, Any]], *, combine: bool
+) -> dict[str, Mapping[str, Any]]:
     """The adopted candidates, best first, and all of them together where asked and where they do not contradict."""
     adopted = sorted((p for p in judged if p.verdict == "adopt"), key=lambda p: -p.gain)
-    chosen: dict[str, Mapping[str, Any]] = {p.change: p.overrides for p in adopted}
-    keys = [k for p in adopted for k in p.overrides]
+    chosen: dict[str, Mapping[str, Any]] = {p.change: variants[p.change] for p in adopted}
+    keys = [k for overrides in chosen.values() for k in overrides]
     if combine and len(adopted) > 1 and len(keys) == len(set(keys)):
-        chosen[" + ".join(chosen)] = {k: v for p in adopted for k, v in p.overrides.items()}
+        chosen[" + ".join(chosen)] = {k: v for p in adopted for k, v in variants[p.change].items()}
     return chosen

@@ -37,6 +37,7 @@ class CellWork:
     flops_per_trial: float  # of its baseline
     records: dict[int, dict[int, RunRecord]] = field(default_factory=dict)  # candidate -> seed -> record
     values: dict[int, float | None] = field(default_factory=dict)  # candidate -> (first) metric; None: failed or pruned
+    failing: dict[int, set[int]] = field(default_factory=dict)  # candidate -> seeds that failed, if only once
     dropped: int = 0  # runs of candidates that were given up
 
     def wanted_runs(self) -> int:
@@ -70,6 +71,7 @@ class Pool:
         self._extend = extend
         self._ready: dict[str, _Run] = {}
         self.in_flight: dict[str, _Run] = {}
+        self._paused: set[str] = set()
         for work in self._works:
             for candidate in list(work.study.candidates):
                 self._open(work, candidate)
@@ -90,7 +92,7 @@ class Pool:
 
     @property
     def done(self) -> bool:
-        return not self.in_flight and not self._ready and not self._open_one()
+        return not self.in_flight and not self._ready and not self._paused and not self._open_one()
 
     def attempts(self, run_id: str) -> int:
         """Which attempt at this run is in flight, counted over all commands."""
@@ -100,7 +102,8 @@ class Pool:
     def finish(self, run_id: str, record: RunRecord) -> bool:
         """The record of a run in flight; whether it will be tried again."""
         run = self.in_flight.pop(run_id)
-        if record.status == "failed" and run.tries + min(run.earlier, 1) < MAX_ATTEMPTS:
+        again = record.status == "failed" and not self._hopeless(run) and run.tries + min(run.earlier, 1) < MAX_ATTEMPTS
+        if again:
             self._ready[run_id] = run
             return True
         for i, (work, trial) in enumerate(run.waiting):
@@ -110,7 +113,14 @@ class Pool:
 
     def put_back(self, run_id: str) -> None:
         """A run in flight was paused: it is neither done nor ready, and a later command takes it up."""
+        self._paused.add(run_id)
         del self.in_flight[run_id]
+
+    def _hopeless(self, run: _Run) -> bool:
+        """Whether, with this failure, so many seeds failed that nobody who waits for this run wants it tried again."""
+        for work, trial in run.waiting:
+            work.failing.setdefault(trial.candidate, set()).add(trial.seed)
+        return all(0 < w.sweep.prune_failures <= len(w.failing[t.candidate]) for w, t in run.waiting)
 
     # --- opening candidates ---
 
@@ -163,8 +173,7 @@ class Pool:
     def _give_up(self, work: CellWork, candidate: int) -> bool:
         """Whether so many seeds of a candidate failed that its others are not run; those not yet started are dropped."""
         limit, seeds = work.sweep.prune_failures, work.records[candidate]
-        failed = sum(r.status == "failed" for r in seeds.values())
-        if limit == 0 or failed < limit or len(seeds) == len(work.sweep.seeds):
+        if limit == 0 or len(work.failing.get(candidate, ())) < limit or len(seeds) == len(work.sweep.seeds):
             return False
         for run_id, run in list(self._ready.items()):
             if all(w is work and t.candidate == candidate for w, t in run.waiting):

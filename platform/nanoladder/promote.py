@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +18,7 @@ from nanochat_model.errors import ConfigError
 from nanochat_model.identity import write_atomic
 from nanochat_model.record import RunRecord
 from nanoladder.facts_file import SCHEMA_VERSION, read_facts
+from nanoladder.space import Times
 from nanoladder.sweep import BASELINE, Sweep
 from nanoladder.workspace import Workspace
 
@@ -56,17 +59,53 @@ def judge_stage(
     min_gain: float = 0.0,
     noise: Any = None,
     before: Sequence[Promotion] = (),
+    num_candidates: int = 0,
 ) -> list[Promotion]:
     """One Promotion a candidate. `records`: variant -> pair number -> complete run. `before`: verdicts of earlier stages.
 
-    The test is made stricter for the number of candidates (Bonferroni). A candidate without a complete run is rejected: it
-    cannot be trained. Raises ConfigError when the baseline has no complete run.
+    The test is made stricter for the number of candidates (Bonferroni; `num_candidates` where more were tried than are here). A
+    candidate without a complete run is rejected: it cannot be trained. Raises ConfigError when the baseline has no complete run.
     """
     baseline = records[BASELINE]
     if not baseline:
         raise ConfigError(f"stage {sweep.stage}: no run of the {BASELINE} completed, so nothing can be judged; see its records")
     candidates = [name for name in sweep.variants if name != BASELINE]
-    return [_judge(sweep, name, baseline, records[name], len(candidates), alpha, min_gain, noise, before) for name in candidates]
+    tried = num_candidates or len(candidates)
+    return [_judge(sweep, name, baseline, records[name], tried, alpha, min_gain, noise, before) for name in candidates]
+
+
+def judge_screened(
+    sweep: Sweep,
+    final: Sweep,
+    screened: Mapping[str, Mapping[int, RunRecord]],
+    finals: Mapping[str, Mapping[int, RunRecord]],
+    *,
+    alpha: float = 0.05,
+    min_gain: float = 0.0,
+    before: Sequence[Promotion] = (),
+) -> list[Promotion]:
+    """Verdicts of the candidates that did not reach the stage's final: one seed each, judged with the noise of all who did.
+    Nothing is adopted on one seed."""
+    from analysis.noise import SeedNoise
+
+    logs = [[math.log(r.val_bpb) for r in runs.values() if r.val_bpb] for runs in finals.values()]
+    spread = [(sum((v - fmean(x)) ** 2 for v in x), len(x) - 1) for x in logs if len(x) > 1]
+    df = sum(n for _, n in spread)
+    noise = SeedNoise(sd=math.sqrt(sum(s for s, _ in spread) / df), df=df) if df else None
+    names = [name for name in sweep.variants if name not in final.variants]
+    rest = replace(sweep, variants={BASELINE: {}, **{n: sweep.variants[n] for n in names}})
+    judged = judge_stage(
+        rest, screened, alpha=alpha, min_gain=min_gain, noise=noise, before=before, num_candidates=len(sweep.variants) - 1
+    )
+    place = f"not among the {len(final.variants) - 1} best of {len(sweep.variants) - 1} by the first seed"
+    return [replace(p, verdict="undecided" if p.verdict == "adopt" else p.verdict, reason=f"{p.reason}; {place}") for p in judged]
+
+
+def mean_gain(baseline: Mapping[int, RunRecord], runs: Mapping[int, RunRecord]) -> float:
+    """Mean of log(baseline loss) − log(loss) over common pairs; −inf where there is none."""
+    pairs = [(baseline[n].val_bpb, r.val_bpb) for n, r in runs.items() if n in baseline]
+    gains = [math.log(b / c) for b, c in pairs if b and c]
+    return fmean(gains) if gains else float("-inf")
 
 
 def _judge(
@@ -83,7 +122,7 @@ def _judge(
     from analysis.compare import compare_recipes, promotion_test
     from analysis.errors import DataError
 
-    overrides = dict(sweep.variants[name])
+    overrides = {k: str(v) if isinstance(v, Times) else v for k, v in sweep.variants[name].items()}
     ids: dict[str, Any] = {
         "run_ids": tuple(r.run_id for r in runs.values()),
         "baseline_run_ids": tuple(r.run_id for r in baseline.values()),

@@ -41,6 +41,25 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adaptive:
+    """After a sweep's own cells: further (size, budget) cells, chosen in rounds where they tell most about the target per FLOP."""
+
+    models: tuple[GPTConfig, ...]  # that may be chosen
+    target_flops: float  # of the run whose size and loss are wanted
+    total_flops: float  # to spend on the sweep, its first cells included
+    quantity: Literal["loss", "ratio"] = "loss"  # what is wanted there: the loss, or tokens per parameter
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "models", tuple(self.models))
+        if len(self.models) < 3:
+            raise ConfigError(f"adaptive has {len(self.models)} models to choose from; give at least three sizes")
+        if not (self.target_flops > 0 and self.total_flops > 0):
+            raise ConfigError(f"target_flops {self.target_flops} and total_flops {self.total_flops} must be positive")
+        if self.quantity not in ("loss", "ratio"):
+            raise ConfigError(f'adaptive quantity {self.quantity!r} must be "loss" or "ratio"')
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sweep:
     """A question to a set of cells: every candidate of the space (or every variant) is trained in every cell, by every seed.
 
@@ -68,6 +87,7 @@ class Sweep:
     prune_failures: int = 0  # give a candidate up when so many of its seeds have failed; 0: run them all
     parallel_trials: int = 4  # candidates of one cell in flight, for samplers that learn: suggestion k has seen the
     # results up to k − parallel_trials exactly, so the runs of a sweep do not depend on who finishes first
+    adaptive: Adaptive | None = None  # choose further cells by what was found
     packing: Packing = "best_fit"
     backend: Backend = "auto"  # actor for one device and under ten minutes, else train
     device: str = ""  # the accelerator it is meant for, say "h100"; "": whatever there is
@@ -101,6 +121,8 @@ class Sweep:
         if self.devices_per_trial > 1 and self.backend == "actor":
             raise ConfigError(f'sweep {self.name}: backend "actor" has one device; use "train" for {self.devices_per_trial}')
         self._check_objectives()
+        if self.adaptive and (self.space or self.variants):
+            raise ConfigError(f"sweep {self.name}: adaptive chooses sizes and budgets; it takes no space and no variants")
         for cell in self.cells:
             check_space(self.space_of(cell), f"sweep {self.name}")
             self._check_sampler(cell)

@@ -16,6 +16,7 @@ from nanochat_model.identity import write_atomic
 from nanochat_model.record import RunRecord
 from nanoladder.cells import Trial
 from nanoladder.facts_file import SCHEMA_VERSION, read_facts
+from nanoladder.front import write_front
 from nanoladder.listen import Listener
 from nanoladder.pool import CellWork, metric_of
 from nanoladder.sweep import Sweep
@@ -58,6 +59,9 @@ class IndexWriter(Listener):
 
     def on_end(self) -> None:
         self._write()
+        for name in (s.name for s in self._sweeps.values() if s.objectives):
+            folder = self._workspace.sweep_dir(name)
+            write_front(read_index(folder), folder)
 
     def _write(self) -> None:
         begun = time.monotonic()

@@ -120,17 +120,18 @@ def _sync_optuna(index: dict[str, Any], records: dict[str, RunRecord], uri: str)
             rows = [r for r in index["trials"] if r["cell"] == cell]
             if facts["study"] in known or not rows:
                 continue
-            study = optuna.create_study(study_name=facts["study"], storage=storage, direction=index["direction"])
+            objectives = index.get("objectives") or {index["metric"]: index["direction"]}
+            study = optuna.create_study(study_name=facts["study"], storage=storage, directions=list(objectives.values()))
             distributions = {k: json_to_distribution(d) for k, d in facts["distributions"].items()}
             for number in sorted({r["candidate"] for r in rows}):
-                study.add_trial(_frozen([r for r in rows if r["candidate"] == number], index["metric"], distributions, records))
+                study.add_trial(_frozen([r for r in rows if r["candidate"] == number], list(objectives), distributions, records))
             made += 1
         return made
     finally:
         storage.engine.dispose()
 
 
-def _frozen(rows: list[dict[str, Any]], metric: str, distributions: dict[str, Any], records: dict[str, RunRecord]) -> Any:
+def _frozen(rows: list[dict[str, Any]], metrics: list[str], distributions: dict[str, Any], records: dict[str, RunRecord]) -> Any:
     """One candidate, all its seeds, as a finished Optuna trial."""
     import optuna
     from optuna.trial import TrialState
@@ -139,12 +140,13 @@ def _frozen(rows: list[dict[str, Any]], metric: str, distributions: dict[str, An
 
     statuses = {r["status"] for r in rows}
     state = TrialState.COMPLETE if statuses == {"complete"} else TrialState.FAIL if "failed" in statuses else TrialState.PRUNED
-    record = records.get(rows[0]["run_id"])
+    record = records.get(rows[0]["run_id"]) if len(metrics) == 1 else None  # Optuna keeps curves of one objective only
+    params = rows[0]["values"]
     return optuna.trial.create_trial(
         state=state,
-        params=rows[0]["values"],
-        distributions=distributions,
-        value=fmean(r[metric] for r in rows) if state == TrialState.COMPLETE else None,
+        params=params,
+        distributions={k: d for k, d in distributions.items() if k in params},  # of a conditional space, those that apply
+        values=[fmean(r[m] for r in rows) for m in metrics] if state == TrialState.COMPLETE else None,
         intermediate_values={p.step: p.val_bpb for p in thin(record.curve)} if record is not None else {},
         user_attrs={"runs": {str(r["seed"]): r["run_id"] for r in rows}},
     )

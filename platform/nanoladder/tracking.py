@@ -17,12 +17,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from nanochat_model.record import CurvePoint, RunRecord
-from nanoladder.cells import Trial
+from nanoladder.cells import Trial, flatten
 from nanoladder.listen import Listener
 from nanoladder.pool import trial_tags
 from nanoladder.space import format_values
@@ -344,15 +343,6 @@ def record_tags(trial: Trial, record: RunRecord) -> dict[str, str]:
     if record.error:
         tags["error"] = record.error[:500]
     return {TAG + k: v for k, v in tags.items() if v}
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a nested dataclass."""
-    flat: dict[str, Any] = {}
-    for f in fields(value):
-        child = getattr(value, f.name)
-        flat |= flatten(child, f"{prefix}{f.name}.") if is_dataclass(child) else {prefix + f.name: child}
-    return flat
 
 
 def _sweep_tags(sweep: Sweep) -> dict[str, str]:

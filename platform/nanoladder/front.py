@@ -1,0 +1,65 @@
+"""The front of a search with several objectives: candidates that no other beats in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from nanochat_model.identity import write_atomic
+from nanoladder.space import format_values
+
+FRONT_FILE = "front.html"
+
+
+def fronts(index: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Cell -> its complete candidates (candidate, values, a mean over seeds for each objective, on_front), the best of the first
+    objective first. `index`: a sweep's index with "objectives"."""
+    objectives: Mapping[str, str] = index["objectives"]
+    cells: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for row in index["trials"]:
+        cells.setdefault(row["cell"], {}).setdefault(row["candidate"], []).append(row)
+    return {cell: _front(candidates, objectives) for cell, candidates in cells.items()}
+
+
+def _front(candidates: Mapping[int, Sequence[Mapping[str, Any]]], objectives: Mapping[str, str]) -> list[dict[str, Any]]:
+    points = []
+    for number, rows in candidates.items():
+        if all(r["status"] == "complete" and all(r.get(m) is not None for m in objectives) for r in rows):
+            means = {m: fmean(r[m] for r in rows) for m in objectives}
+            points.append({"candidate": number, "values": dict(rows[0]["values"]), **means})
+    signs = {m: -1.0 if direction == "maximize" else 1.0 for m, direction in objectives.items()}
+    for p in points:
+        p["on_front"] = not any(_beats(q, p, signs) for q in points)
+    first = next(iter(signs))
+    return sorted(points, key=lambda p: signs[first] * p[first])
+
+
+def _beats(one: Mapping[str, Any], other: Mapping[str, Any], signs: Mapping[str, float]) -> bool:
+    differences = [sign * (one[m] - other[m]) for m, sign in signs.items()]
+    return all(d <= 0 for d in differences) and any(d < 0 for d in differences)
+
+
+def write_front(index: Mapping[str, Any], folder: Path) -> Path:
+    """front.html beside the index: the first two objectives of every candidate, the front joined by a line."""
+    import plotly.graph_objects as go
+
+    x, y = list(index["objectives"])[1::-1]
+    figure = go.Figure()
+    for cell, points in fronts(index).items():
+        for on_front in (False, True):
+            chosen = sorted((p for p in points if p["on_front"] == on_front), key=lambda p: p[x])
+            figure.add_scatter(
+                x=[p[x] for p in chosen],
+                y=[p[y] for p in chosen],
+                text=[format_values(p["values"]) for p in chosen],
+                name=f"{cell}, front" if on_front else cell,
+                mode="lines+markers" if on_front else "markers",
+                marker={"size": 9 if on_front else 6, "opacity": 1.0 if on_front else 0.5},
+                line={"shape": "hv"},
+            )
+    figure.update_layout(title=f"{index['sweep']}: {index['question']}", xaxis_title=x, yaxis_title=y, template="simple_white")
+    path = folder / FRONT_FILE
+    write_atomic(path, figure.to_html(include_plotlyjs=True, full_html=True))
+    return path
