@@ -141,6 +141,7 @@ class Worker:
     def _enter(self, ticket: Ticket) -> None:
         if ticket.cancelled:  # before it was let in
             self._close_one()
+            ticket.sink(Event(0, None, "cancelled"))
             return
         try:
             ticket.batch_id = self._batcher.submit(ticket.request)
