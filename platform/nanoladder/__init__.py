@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from nanochat_model.horizon import Horizon
     from nanochat_model.recipe import PowerRule, Recipe
     from nanoladder.ladder import Ladder, Stage
-    from nanoladder.space import Choice, Grid, LogUniform, Uniform
-    from nanoladder.sweep import Cell, Sweep
+    from nanoladder.sft_sweep import SFTSweep
+    from nanoladder.space import Choice, Grid, LogUniform, Times, Uniform, When
+    from nanoladder.sweep import Adaptive, Cell, Sweep
     from nanoladder.sweep_command import run_sweep
     from nanoladder.workspace import Workspace
 
@@ -25,19 +26,23 @@ _HOME = {
     "Recipe": "nanochat_model.recipe",
     "Ladder": "nanoladder.ladder",
     "Stage": "nanoladder.ladder",
+    "SFTSweep": "nanoladder.sft_sweep",
+    "Adaptive": "nanoladder.sweep",
     "Choice": "nanoladder.space",
     "Grid": "nanoladder.space",
     "LogUniform": "nanoladder.space",
     "Cell": "nanoladder.sweep",
     "Sweep": "nanoladder.sweep",
+    "Times": "nanoladder.space",
     "Uniform": "nanoladder.space",
+    "When": "nanoladder.space",
     "run_sweep": "nanoladder.sweep_command",
     "Workspace": "nanoladder.workspace",
 }
 
 __all__ = [
-    "Cell", "Choice", "GPTConfig", "Grid", "Horizon", "Ladder", "LogUniform", "PowerRule", "Recipe", "Stage", "Sweep",
-    "Uniform", "Workspace", "run_sweep",
+    "Adaptive", "Cell", "Choice", "GPTConfig", "Grid", "Horizon", "Ladder", "LogUniform", "PowerRule", "Recipe", "SFTSweep",
+    "Stage", "Sweep", "Times", "Uniform", "When", "Workspace", "run_sweep",
 ]  # fmt: skip
 
 

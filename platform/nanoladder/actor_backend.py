@@ -35,7 +35,9 @@ class TrialActor(tune.Trainable):
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
         spec = TrialSpec.from_json(config[SPEC])
-        return PlacementGroupFactory([trial_resources(spec)])
+        if spec.backend == "train" or not spec.node_labels:
+            return PlacementGroupFactory([trial_resources(spec)])
+        return PlacementGroupFactory([trial_resources(spec)], bundle_label_selector=[spec.node_labels])
 
     def setup(self, config: dict[str, Any]) -> None:
         """Starts nothing yet: Tune may make an actor for a trial and then give that trial to another that came free."""

@@ -14,11 +14,17 @@ from typing import Any
 from nanochat_model.config import DataConfig, RuntimeConfig
 from nanochat_model.errors import ConfigError
 from nanochat_model.record import RunRecord
+from nanochat_model.sft_recipe import TRAIN_FUNCTION, SFTRecipe
 from nanoladder.cells import Trial, check_sweep
 from nanoladder.edges import extend_edges
 from nanoladder.listen import Listener, Listeners, ProgressState, SweepProgress
+from nanoladder.live_status import StatusWriter
+from nanoladder.node_labels import NO_LABELS, NodeLabels, coming_gpus, present_gpus
 from nanoladder.pool import CellWork, Pool, make_works, trial_tags
+from nanoladder.prune import Pruner
 from nanoladder.run_lock import exclusive
+from nanoladder.sharing import fit_share, share_runtime
+from nanoladder.stopping import StopWatch, SweepStopped
 from nanoladder.study import CellStudy, open_storage
 from nanoladder.sweep import Sweep
 from nanoladder.sweep_index import IndexWriter
@@ -55,7 +61,8 @@ def execute_sweeps(
 
     Several sweeps share one stream of trials, so that no device waits between them. Ray is started only when something is
     left to train. `data`: the shards (default: the workspace's, in each sweep's packing). `mlflow_uri`: "" for no tracking,
-    default the workspace's database. Raises ConfigError, before Ray starts, for whatever cannot run.
+    default the workspace's database. Raises ConfigError, before Ray starts, for whatever cannot run, and SweepStopped when
+    `nanoladder stop` ended it.
     """
     twice = [s.name for i, s in enumerate(sweeps) if s.name in [t.name for t in sweeps[:i]]]
     if twice:
@@ -84,7 +91,10 @@ def execute_sweeps(
 
 
 def shards_of(sweep: Sweep, workspace: Workspace) -> DataConfig:
-    """The workspace's shards in the sweep's packing; ConfigError where they are missing or of another vocabulary."""
+    """The workspace's shards in the sweep's packing (a fine-tuning's own conversations); ConfigError where they are missing or of
+    another vocabulary."""
+    if isinstance(sweep.recipe, SFTRecipe):
+        return sweep.recipe.data
     data = workspace.data_config(sweep.packing)
     for cell in sweep.cells:
         if cell.model.vocab_size != workspace.vocab_size:
@@ -98,12 +108,14 @@ def shards_of(sweep: Sweep, workspace: Workspace) -> DataConfig:
 def _own_listeners(
     works: Sequence[CellWork], workspace: Workspace, progress: Callable[[SweepProgress], None] | None, mlflow_uri: str | None
 ) -> list[Listener]:
-    listeners: list[Listener] = [IndexWriter(workspace, works), Housekeeper(workspace, works)]
+    listeners: list[Listener] = [IndexWriter(workspace, works), StatusWriter(workspace, works), Housekeeper(workspace, works)]
     uri = workspace.mlflow_uri if mlflow_uri is None else mlflow_uri
     if uri:
         from nanoladder.tracking import MlflowMirror
 
         listeners.append(MlflowMirror(uri, artifacts=workspace.root / "mlartifacts"))
+    if any(w.sweep.pruning != "none" for w in works):
+        listeners.append(Pruner(workspace, [w.sweep for w in works]))
     if progress is not None:
         listeners.append(ProgressState(report=progress, clock=time.monotonic, wanted=lambda: wanted(works)))
     return listeners
@@ -144,11 +156,15 @@ def _train(
 
     from nanoladder.schedule_trials import Scheduler, fit
 
-    maker = SpecMaker(sweeps, workspace, has_gpu=session.num_gpus > 0, train_function=train_function)
+    labels = NodeLabels(present=present_gpus(), coming=coming_gpus())
+    has_gpu = session.num_gpus > 0 or bool(labels.coming)
+    maker = SpecMaker(sweeps, workspace, has_gpu=has_gpu, train_function=train_function, labels=labels)
     if session.started_here:
         for sweep in sweeps:
             check_fits(maker.sweep_need(sweep), ray.cluster_resources(), f"a trial of sweep {sweep.name}")
     wait = float(os.environ.get(PLACEMENT_ENV) or (LOCAL_WAIT_SECONDS if session.started_here else CLUSTER_WAIT_SECONDS))
+    for sweep in sweeps:
+        maker.probe(sweep, wait)
     # On a cluster that was joined, a given number of trials in flight is taken literally: nodes may yet be added for them.
     literal = max_concurrent is not None and not session.started_here
     scheduler = Scheduler(
@@ -158,23 +174,37 @@ def _train(
         capacity=None if literal else ray.cluster_resources,
         max_concurrent=max_concurrent,
         placement_seconds=wait,
+        stop=StopWatch([workspace.sweep_dir(s.name) for s in sweeps]),
     )
     scratch = workspace.root / "tune"
     for folder in scratch.glob("*-*"):  # of commands that were killed
         if not alive(int(folder.name.partition("-")[0])):
             shutil.rmtree(folder, ignore_errors=True)
     fit(scheduler, scratch / f"{os.getpid()}-{time.time_ns()}")
+    if scheduler.stopping is not None and not pool.done:
+        names = ", ".join(s.name for s in sweeps)
+        raise SweepStopped(f"{names} stopped on request by {scheduler.stopping.requested_by}; the same command goes on from here")
 
 
 class SpecMaker:
     """From a trial to what its process is told: backend, devices, threads, when to save."""
 
-    def __init__(self, sweeps: Sequence[Sweep], workspace: Workspace, *, has_gpu: bool, train_function: str = PRETRAIN) -> None:
+    def __init__(
+        self,
+        sweeps: Sequence[Sweep],
+        workspace: Workspace,
+        *,
+        has_gpu: bool,
+        train_function: str = PRETRAIN,
+        labels: NodeLabels = NO_LABELS,
+    ) -> None:
         self._sweeps = {s.name: s for s in sweeps}
         self._workspace = workspace
         self._has_gpu = has_gpu
         self._train_function = train_function
         self._records = recent_records(workspace)
+        self._fitting_rows: dict[str, int] = {}  # of the sweeps whose trials share a device
+        self._labels = {s.name: labels.selector(s.device) for s in sweeps if has_gpu}
         for sweep in sweeps:
             if sweep.device not in ("", "cpu") and not has_gpu:
                 raise ConfigError(
@@ -198,11 +228,22 @@ class SpecMaker:
             backend=self._backend(sweep, seconds),
             num_workers=sweep.devices_per_trial,
             resources_per_worker=self._resources(sweep),
-            train_function=self._train_function,
+            train_function=TRAIN_FUNCTION if isinstance(sweep.recipe, SFTRecipe) else self._train_function,
+            start_from=sweep.recipe.base_checkpoint if isinstance(sweep.recipe, SFTRecipe) else "",
+            storage=self._workspace.remote,
+            root=str(self._workspace.root),
+            keep_checkpoints=sweep.keep_checkpoints or bool(sweep.runtime.keep_steps),
+            node_labels=self._labels.get(sweep.name, {}),
         )
 
     def sweep_need(self, sweep: Sweep) -> dict[str, float]:
         return {k: v * sweep.devices_per_trial for k, v in self._resources(sweep).items()}
+
+    def probe(self, sweep: Sweep, wait_seconds: float) -> None:
+        """Where trials share an accelerator: make sure that they fit. Raises ConfigError."""
+        if sweep.trials_per_device > 1 and self._uses_gpu(sweep):
+            runtime = share_runtime(sweep, sweep.runtime)
+            self._fitting_rows[sweep.name] = fit_share(sweep, runtime, self._resources(sweep), wait_seconds)
 
     def _uses_gpu(self, sweep: Sweep) -> bool:
         return self._has_gpu and sweep.device != "cpu"
@@ -227,6 +268,8 @@ class SpecMaker:
         runtime = sweep.runtime
         if not self._uses_gpu(sweep):
             runtime = replace(runtime, device="cpu", num_threads=runtime.num_threads or sweep.threads_per_trial)
+        elif sweep.trials_per_device > 1:
+            runtime = share_runtime(sweep, replace(runtime, micro_batch_rows=self._fitting_rows[sweep.name]))
         asked = runtime.keep_last == 0 or runtime.keep_steps or runtime.checkpoint_every_steps or runtime.checkpoint_every_seconds
         if asked or sweep.keep_checkpoints:
             return runtime

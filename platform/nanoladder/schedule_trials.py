@@ -19,13 +19,16 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from nanochat_model.errors import ConfigError
+from nanochat_model.identity import write_atomic
 from nanochat_model.record import RunRecord
 from nanoladder.actor_backend import SPEC, TrialActor
 from nanoladder.cells import Trial
 from nanoladder.failed_record import failed_record
 from nanoladder.listen import Listener
-from nanoladder.pool import Pool, load_record
-from nanoladder.trial_spec import TrialSpec
+from nanoladder.pool import Pool
+from nanoladder.stopping import PAUSED, StopRequest, StopWatch, is_paused
+from nanoladder.storage import find_record
+from nanoladder.trial_spec import STOP_FILE, TrialSpec
 from nanoladder.watchdog import PlacementWatch
 
 MakeSpec = Callable[[Trial, int], TrialSpec]
@@ -55,17 +58,20 @@ class Scheduler:
         capacity: Callable[[], Mapping[str, float]] | None,
         max_concurrent: int | None,
         placement_seconds: float,
+        stop: StopWatch | None = None,
     ) -> None:
         self._pool, self._make_spec, self._listener = pool, make_spec, listener
         self._capacity, self._max_concurrent = capacity, max_concurrent
         self._placement_seconds = placement_seconds
+        self._stop = stop
+        self.stopping: StopRequest | None = None
         self._held: Trial | None = None
         self._watch: PlacementWatch | None = None
         self.assigned: dict[str, Assignment] = {}
         self.fatal: ConfigError | None = None
 
     def suggest(self, tune_id: str) -> dict[str, Any] | str | None:
-        if self.fatal is not None:
+        if self.fatal is not None or self.stopping is not None:
             return Searcher.FINISHED
         if self._max_concurrent is not None and len(self.assigned) >= self._max_concurrent:
             return None
@@ -82,6 +88,7 @@ class Scheduler:
             self._held = trial
             return None
         self._held = None
+        (Path(spec.run_dir) / STOP_FILE).unlink(missing_ok=True)  # a request that came too late for an earlier attempt
         self.assigned[tune_id] = Assignment(trial=trial, spec=spec, need=need)
         return {SPEC: spec.to_json()}
 
@@ -114,9 +121,13 @@ class Scheduler:
             self.fatal = self.fatal or ConfigError(f"{assignment.trial.name}: {result['error']}")
             return
         if result.get("status") in ("complete", "stopped"):
-            record = load_record(Path(assignment.spec.run_dir))
+            record = find_record(assignment.spec.storage, assignment.spec.root, assignment.spec.run_dir)
             assert record is not None, f"run {assignment.trial.run_id} said {result['status']} and left no record"
-            self._finish(assignment, record)
+            if is_paused(record):
+                self._pool.put_back(assignment.trial.run_id)
+                self._listener.on_pause(assignment.trial)
+            else:
+                self._finish(assignment, record)
         else:
             error = result.get("error") or "the trial ended without a result"
             self._failed(assignment, error, result.get("traceback", ""))
@@ -128,7 +139,7 @@ class Scheduler:
             self._failed(assignment, error, "")
 
     def _failed(self, assignment: Assignment, error: str, traceback: str) -> None:
-        record = load_record(Path(assignment.spec.run_dir))
+        record = find_record(assignment.spec.storage, assignment.spec.root, assignment.spec.run_dir)
         fresh = record is not None and record.status == "failed" and record.attempts == assignment.spec.attempts
         if record is None or (record.status != "complete" and not fresh):
             record = failed_record(assignment.spec, error, seconds=time.time() - assignment.given_at)
@@ -144,6 +155,8 @@ class Scheduler:
         """Called all the time: raises what must end the sweep."""
         if self.fatal is not None:
             raise self.fatal
+        self._listener.on_tick()
+        self._heed_stop()
         waiting = [a for a in self.assigned.values() if not a.started]
         if waiting and self._watch is None:
             what = f"trial {waiting[0].trial.name}"
@@ -151,6 +164,18 @@ class Scheduler:
         if self._watch is not None:
             running = sum(a.started for a in self.assigned.values())
             self._watch.look(running=running, pending=len(waiting), available=ray.available_resources)
+
+    def _heed_stop(self) -> None:
+        """Once somebody asked for an end: give nothing out any more, and let trials that save checkpoints save one and end."""
+        request = self._stop.poll() if self._stop is not None else None
+        if request is None or (self.stopping is not None and self.stopping.now >= request.now):
+            return
+        if self.stopping is None:
+            self._listener.on_stopping()
+        self.stopping = request
+        for assignment in self.assigned.values():
+            if request.now or assignment.spec.runtime.keep_last > 0 or not assignment.started:
+                write_atomic(Path(assignment.spec.run_dir) / STOP_FILE, PAUSED)
 
 
 class PoolSearcher(Searcher):

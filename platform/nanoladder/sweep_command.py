@@ -13,8 +13,12 @@ from typing import Any
 
 from nanochat_model.errors import ConfigError
 from nanochat_model.record import RunRecord
+from nanoladder.job_context import STORAGE_ENV, check_lasting, default_storage
 from nanoladder.ladder import Ladder, execute_ladder
 from nanoladder.settings import apply_settings
+from nanoladder.sft_sweep import SFTSweep
+from nanoladder.stopping import SweepStopped
+from nanoladder.storage import mirrored
 from nanoladder.sweep import Sweep
 from nanoladder.workspace import Workspace
 
@@ -29,10 +33,12 @@ examples:
 Interrupted, it goes on where it was when the same command is given again.
 """
 INTERRUPTED = 130
+STOPPED = 3  # by `nanoladder stop`: what is recorded stays, and there is more to do
 
 
-def run_sweep(sweep: Sweep | Ladder, argv: Sequence[str] | None = None) -> int:
-    """Run a sweep or a ladder as its command line says; returns 0, or exits with 1 (failed runs), 2 (bad input), 130 (Ctrl-C).
+def run_sweep(sweep: Sweep | Ladder | SFTSweep, argv: Sequence[str] | None = None) -> int:
+    """Run a sweep or a ladder as its command line says; returns 0, or exits with 1 (failed runs), 2 (bad input), 3 (ended by
+    `nanoladder stop`), 130 (Ctrl-C).
 
     Called with `argv` it returns the exit status instead of exiting.
     """
@@ -41,6 +47,9 @@ def run_sweep(sweep: Sweep | Ladder, argv: Sequence[str] | None = None) -> int:
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         status = 2
+    except SweepStopped as e:
+        print(e, file=sys.stderr)
+        status = STOPPED
     except KeyboardInterrupt:
         print("\ninterrupted; what is recorded stays, the same command goes on from there", file=sys.stderr)
         status = INTERRUPTED
@@ -50,7 +59,7 @@ def run_sweep(sweep: Sweep | Ladder, argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def load_sweep(path: str | Path) -> Sweep | Ladder:
+def load_sweep(path: str | Path) -> Sweep | Ladder | SFTSweep:
     """The Sweep or Ladder that a file defines (as SWEEP or LADDER, or the only one it defines). Importing runs nothing."""
     path = Path(path)
     if not path.is_file():
@@ -68,22 +77,40 @@ def load_sweep(path: str | Path) -> Sweep | Ladder:
         raise ConfigError(f"{path} cannot be imported ({type(e).__name__}: {e}); mend it, or give another file") from e
     finally:
         sys.path.remove(str(path.parent))
-    found = [v for v in vars(module).values() if isinstance(v, Sweep | Ladder)]
+    found = [v for v in vars(module).values() if isinstance(v, Sweep | Ladder | SFTSweep)]
     for name in ("SWEEP", "LADDER"):
         named = getattr(module, name, None)
-        if isinstance(named, Sweep | Ladder):
+        if isinstance(named, Sweep | Ladder | SFTSweep):
             return named
     if len(found) == 1:
         return found[0]
     raise ConfigError(f"{path} defines {len(found)} sweeps and none is named SWEEP; name the one to run SWEEP")
 
 
-def _run(target: Sweep | Ladder, argv: list[str]) -> int:
+def check_arguments(target: Sweep | Ladder | SFTSweep, argv: list[str]) -> str:
+    """Whether `argv` would be taken; nothing runs. Returns the storage given ("": none). Raises ConfigError; exits on an
+    unknown option as the sweep itself would."""
+    if isinstance(target, SFTSweep):  # its settings are checked where its base and conversations lie
+        return str(_parser(target).parse_args(target.parser().parse_known_args(argv)[1]).storage)
     args = _parser(target).parse_args(argv)
+    apply_settings(target, _parse_settings(args.set))
+    return str(args.storage) if any(a.split("=")[0] == "--storage" for a in argv) else ""
+
+
+def _run(target: Sweep | Ladder | SFTSweep, argv: list[str]) -> int:
+    if isinstance(target, SFTSweep):
+        target, argv = target.resolve(argv)
+    args = _parser(target).parse_args(argv)
+    with mirrored(args.storage):
+        return _run_here(target, args)
+
+
+def _run_here(target: Sweep | Ladder, args: argparse.Namespace) -> int:
     target = apply_settings(target, _parse_settings(args.set))
     workspace = Workspace(args.storage)
     if args.dry_run:
         return _dry_run(target, workspace, args)
+    check_lasting(args.storage)
     _end_on_sigterm()
     options: dict[str, Any] = {
         "address": args.address,
@@ -99,7 +126,7 @@ def _run(target: Sweep | Ladder, argv: list[str]) -> int:
         shutdown_ray()
 
 
-def _parser(target: Sweep | Ladder) -> argparse.ArgumentParser:
+def _parser(target: Sweep | Ladder | SFTSweep) -> argparse.ArgumentParser:
     source = f"\nSource: {target.source}" if target.source else ""
     parser = argparse.ArgumentParser(
         description=f"{target.name}: {target.question}{source}",
@@ -110,7 +137,9 @@ def _parser(target: Sweep | Ladder) -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="say what would be run and what it costs, and run nothing")
     parser.add_argument("--json", action="store_true", help="with --dry-run: JSON instead of a table")
     parser.add_argument("--device", default="", help="with --dry-run: the device to reckon with, for example h100 or cpu")
-    parser.add_argument("--storage", default="runs", metavar="DIR", help="root folder of data, runs and results (runs)")
+    parser.add_argument(
+        "--storage", default=default_storage(), metavar="DIR", help=f"root of data, runs and results ({STORAGE_ENV}, else runs)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the sweep, or override one of its runs"
     )
@@ -156,6 +185,9 @@ def _dry_run(target: Sweep | Ladder, workspace: Workspace, args: argparse.Namesp
         return 0
     for plan in plans:
         print_plan(plan)
+    if isinstance(target, Sweep) and target.adaptive is not None:
+        a = target.adaptive
+        print(f"Then rounds of cells chosen for the {a.quantity} at {a.target_flops:.3g} FLOPs, {a.total_flops:.3g} FLOPs in all.")
     if len(plans) > 1:
         print("Stages after the first get only the candidates that won before: what is shown for them is the most it can be.")
     if not built:
@@ -171,7 +203,13 @@ def _run_one(sweep: Sweep, workspace: Workspace, options: dict[str, Any]) -> int
 
     console = Console(highlight=False)
     with progress_bar(console, sweep.name) as (lines, bar):
-        records = execute_sweep(sweep, workspace, listeners=[TerminalLines(lines)], progress=bar, **options)
+        options = {**options, "listeners": [TerminalLines(lines)], "progress": bar}
+        if sweep.adaptive is not None:
+            from nanoladder.adaptive import execute_adaptive
+
+            records = execute_adaptive(sweep, workspace, say=lambda text: lines.print(text, soft_wrap=True), **options)
+        else:
+            records = execute_sweep(sweep, workspace, **options)
     return _summary(sweep, workspace, records)
 
 
@@ -191,10 +229,27 @@ def _summary(sweep: Sweep, workspace: Workspace, records: Sequence[RunRecord]) -
                 best[row["cell"]] = row
     rows = [(cell, format_values(r["values"]) or "–", f"{r[sweep.metric]:.4f}", r["run_id"]) for cell, r in best.items()]
     print_table(("cell", "best", sweep.metric, "run"), rows, right=(sweep.metric,))
+    if sweep.objectives:
+        _print_fronts(sweep, index, workspace.sweep_dir(sweep.name))
     failed = [r for r in records if r.status == "failed"]
     print(f"{len(records)} runs, {len(failed)} failed; index: {workspace.sweep_dir(sweep.name) / INDEX_FILE}")
     print(f"look further: mlflow ui --backend-store-uri {workspace.mlflow_uri}   optuna: {workspace.optuna_uri}")
     return 1 if failed else 0
+
+
+def _print_fronts(sweep: Sweep, index: dict[str, Any], folder: Path) -> None:
+    from nanoladder.cli.common import print_table
+    from nanoladder.front import FRONT_FILE, fronts
+    from nanoladder.space import format_values
+
+    rows = [
+        (cell, format_values(p["values"]), *(f"{p[m]:.4g}" for m in sweep.metrics))
+        for cell, points in fronts(index).items()
+        for p in points
+        if p["on_front"]
+    ]
+    print_table(("cell", "on the front", *sweep.metrics), rows, right=sweep.metrics)
+    print(f"figure of all candidates: {folder / FRONT_FILE}")
 
 
 def _run_ladder(ladder: Ladder, workspace: Workspace, options: dict[str, Any]) -> int:

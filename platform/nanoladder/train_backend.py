@@ -16,7 +16,9 @@ from nanochat_model.errors import ConfigError
 from nanochat_model.identity import run_id
 from nanochat_model.record import CurvePoint, RunRecord
 from nanoladder.pool import load_record
+from nanoladder.run_events import Heartbeat, MoreEvents
 from nanoladder.run_lock import exclusive
+from nanoladder.storage import find_record
 from nanoladder.trial_spec import PRETRAIN, Forward, TrialSpec
 from nanoladder.watchdog import CLUSTER_WAIT_SECONDS, LOCAL_WAIT_SECONDS, PLACEMENT_ENV, check_fits, format_resources
 
@@ -45,12 +47,14 @@ def run_training_on_ray_train(
     max_failures: int = MAX_WORKER_FAILURES,
     placement_seconds: float | None = None,
     train_function: str = PRETRAIN,
+    start_from: str = "",
 ) -> RunRecord:
     """Train `config` on `num_workers` Ray Train workers, one device (or `threads_per_worker` CPU threads) each.
 
     Started again with the same config it returns the finished record, or goes on from the newest checkpoint; a worker or
     node that dies is replaced up to `max_failures` times. `callbacks` are sent to the workers, so they must pickle.
-    `progress` is called in this process with dicts: {"event": "start"|"step"|"eval", …} as StepInfo and CurvePoint.
+    `progress` is called in this process with dicts: {"event": "start"|"step"|"eval", …} as StepInfo and CurvePoint, and those of
+    `run_events`.
     Raises ConfigError where the cluster cannot hold the workers (naming what is missing), and what the training raised.
     """
     import ray
@@ -80,6 +84,9 @@ def run_training_on_ray_train(
         resources_per_worker={"CPU": float(threads_per_worker), **({"GPU": 1.0} if gpu else {})},
         placement_seconds=placement_seconds or (LOCAL_WAIT_SECONDS if session.started_here else CLUSTER_WAIT_SECONDS),
         train_function=train_function,
+        start_from=start_from,
+        storage=workspace.remote if workspace is not None else "",
+        root=str(workspace.root) if workspace is not None else "",
     )
     if session.started_here:
         check_fits(total_resources(spec), ray.cluster_resources(), f"run {name or rid} with {num_workers} workers")
@@ -106,7 +113,10 @@ def fit_trial(spec: TrialSpec, send: Progress, *, callbacks: Sequence[Callback] 
         train_loop_config={"spec": spec.to_json(), "events": events, "callbacks": tuple(callbacks)},
         torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=spec.num_workers, use_gpu=uses_gpu, resources_per_worker=dict(spec.resources_per_worker)
+            num_workers=spec.num_workers,
+            use_gpu=uses_gpu,
+            resources_per_worker=dict(spec.resources_per_worker),
+            label_selector=dict(spec.node_labels) or None,
         ),
         run_config=RunConfig(
             name=f"{spec.run_id}-{spec.attempts}-{os.getpid()}",  # Train would take up a finished name where it ended
@@ -129,7 +139,9 @@ def fit_trial(spec: TrialSpec, send: Progress, *, callbacks: Sequence[Callback] 
     value = result.return_value or {}  # type: ignore[attr-defined]
     if "bad_config" in value:
         raise ConfigError(value["bad_config"])
-    return RunRecord.load(spec.run_dir)
+    record = find_record(spec.storage, spec.root, spec.run_dir)
+    assert record is not None, f"run {spec.run_id} ended and left no record"
+    return record
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -139,9 +151,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     rank = ray.train.get_context().get_world_rank()
     spec = TrialSpec.from_json(config["spec"])
     queue_actor = config["events"].actor
-    sender = Forward(Throttle(lambda event: queue_actor.put_nowait.remote(event)) if rank == 0 else lambda event: None)
+
+    def send(event: dict[str, Any]) -> None:
+        queue_actor.put_nowait.remote(event)
+
+    own = Throttle(send) if rank == 0 else lambda event: None
     try:
-        record = spec.run([sender, ReportToTrain(), *config["callbacks"]])
+        record = spec.run([Forward(own), MoreEvents(own), Heartbeat(send, rank), ReportToTrain(), *config["callbacks"]])
     except ConfigError as e:
         return {"bad_config": str(e)}
     return {"status": record.status, "run_id": record.run_id}
@@ -157,7 +173,7 @@ class ReportToTrain(Callback):
 
 
 class Throttle:
-    """Lets a step report through every STEP_SECONDS at most, all else always."""
+    """Lets a step report through every STEP_SECONDS at most and the last one, all else always."""
 
     def __init__(self, send: Progress) -> None:
         self._send = send
@@ -167,7 +183,8 @@ class Throttle:
         import time
 
         now = time.monotonic()
-        if event["event"] != "step" or now - self._last >= STEP_SECONDS:
+        last = event["event"] == "step" and event["step"] == event["num_steps"]
+        if event["event"] != "step" or last or now - self._last >= STEP_SECONDS:
             self._last = now if event["event"] == "step" else self._last
             self._send(event)
 

@@ -7,12 +7,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat_model.callbacks import Callback, StepInfo, StopTraining
 from nanochat_model.config import RuntimeConfig, TrainConfig
 from nanochat_model.identity import from_dict
 from nanochat_model.record import CurvePoint, RunRecord
+
+if TYPE_CHECKING:
+    from nanoladder.run_mirror import RunMirror
 
 PRETRAIN = "nanochat_model.train:pretrain"
 STOP_FILE = "stop"  # in a run's folder: ask it to stop at its next report
@@ -34,8 +37,13 @@ class TrialSpec:
     backend: Literal["actor", "train"] = "actor"
     num_workers: int = 1
     resources_per_worker: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
+    node_labels: dict[str, str] = field(default_factory=dict)  # what its nodes must carry, say {"gpu": "h100"}
     placement_seconds: float = 60.0
     train_function: str = PRETRAIN  # module:function of pretrain's signature
+    start_from: str = ""  # a checkpoint, for a function that starts from one
+    storage: str = ""  # URL of the storage root; "": `root` itself, which all nodes share
+    root: str = ""  # the storage root on this machine, or its working copy
+    keep_checkpoints: bool = True  # of a finished run
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -48,30 +56,58 @@ class TrialSpec:
         """Train in this process, on this rank, and return the record."""
         module, _, function = self.train_function.partition(":")
         train: Callable[..., RunRecord] = getattr(importlib.import_module(module), function)
-        return train(
+        mirror = self._mirror()
+        if mirror is not None:
+            mirror.fetch(self.config)
+            callbacks = (*callbacks, mirror)
+        record = train(
             self.config,
             self.runtime,
             run_dir=self.run_dir,
-            callbacks=(*callbacks, StopOnRequest(Path(self.run_dir))),
+            callbacks=(*callbacks, *self._metrics(), StopOnRequest(Path(self.run_dir))),
             name=self.name,
             sweep=self.sweep,
             stage=self.stage,
             tags=self.tags,
             backend=self.backend,
             attempts=self.attempts,
+            **({"start_from": self.start_from} if self.start_from else {}),
         )
+        if mirror is not None:
+            mirror.finish(record)
+        return record
+
+    def _metrics(self) -> list[Callback]:
+        """What shows this run on Ray's dashboard; nothing in a process without Ray."""
+        import ray
+
+        if not ray.is_initialized():
+            return []
+        from nanoladder.ray_metrics import RayMetrics
+
+        return [RayMetrics(sweep=self.sweep, stage=self.stage, trial=self.name or self.run_id)]
+
+    def _mirror(self) -> RunMirror | None:
+        if not self.storage:
+            return None
+        from nanoladder.run_mirror import RunMirror
+
+        return RunMirror(self.storage, Path(self.root), Path(self.run_dir), keep_checkpoints=self.keep_checkpoints)
 
 
 class StopOnRequest(Callback):
-    """Ends a run, with a record that says so, when a file named `stop` appears in its folder."""
+    """Ends a run, with a record that says so, when a file named `stop` appears in its folder. Its text is the reason."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / STOP_FILE
 
     def on_step(self, info: StepInfo) -> None:
-        if self._path.exists():
-            self._path.unlink(missing_ok=True)
-            raise StopTraining("stopped on request")
+        try:
+            reason = self._path.read_text(encoding="utf8").strip()
+        except FileNotFoundError:
+            return
+        self._path.unlink(missing_ok=True)  # another rank may have done it
+        raise StopTraining(reason or "stopped on request")
 
 
 class Forward(Callback):
