@@ -233,7 +233,7 @@ def _summary(sweep: Sweep, workspace: Workspace, records: Sequence[RunRecord]) -
         _print_fronts(sweep, index, workspace.sweep_dir(sweep.name))
     failed = [r for r in records if r.status == "failed"]
     print(f"{len(records)} runs, {len(failed)} failed; index: {workspace.sweep_dir(sweep.name) / INDEX_FILE}")
-    print(f"look further: mlflow ui --backend-store-uri {workspace.mlflow_uri}   optuna: {workspace.optuna_uri}")
+    print(f"look further: mlflow ui --backend-store-uri {workspace.mlflow_uri}   optuna-dashboard {workspace.optuna_uri}")
     return 1 if failed else 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from nanoladder import doctor_device, doctor_system
 from nanoladder.cli import run
-from nanoladder.collective_probe import NUM_FLOATS, measure_here
+from nanoladder.collective_probe import NUM_FLOATS, collect, measure_here
 from nanoladder.doctor import Examination, examine, ok, warning, worst
 from nanoladder.doctor_cluster import _clocks, _same, outside
 
@@ -34,8 +36,9 @@ def test_two_ranks_measure_their_bandwidth() -> None:
 
 
 def test_ranks_that_cannot_start_say_why() -> None:
-    with pytest.raises(RuntimeError, match="pigeon"):
-        measure_here("pigeon", 2)
+    rank = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit('no route')"], stdout=-1, stderr=-1, text=True)
+    with pytest.raises(RuntimeError, match="no route"):
+        collect([rank])
 
 
 def test_a_token_for_everybody_is_an_error_and_a_missing_one_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,12 +37,12 @@ TINY = textwrap.dedent(
     SWEEP = Sweep(
         name="tiny",
         question="Which weight decay is best for a model of two layers?",
-        recipe=Recipe(eval=EvalConfig(num_tokens=2048, every_steps=5), compute_dtype="float32"),
-        cells=(Cell(model=MODEL, horizon=Horizon(num_steps=12), overrides={"batch_tokens": 256}),),
+        recipe=Recipe(eval=EvalConfig(num_tokens=2048, every_steps=50), compute_dtype="float32"),
+        cells=(Cell(model=MODEL, horizon=Horizon(num_steps=300), overrides={"batch_tokens": 256}),),
         space={"weight_decay_multiplier": Grid([0.5, 1])},
         packing="keep_remainder",
         backend="actor",
-        runtime=RuntimeConfig(device="cpu", num_threads=1, micro_batch_rows=4, log_every_steps=1, compile="off"),
+        runtime=RuntimeConfig(device="cpu", num_threads=1, micro_batch_rows=4, log_every_steps=10, compile="off"),
     )
 
     if __name__ == "__main__":
@@ -62,7 +65,7 @@ class Place:
         self.sweep.chmod(0o755)
         self.storage = folder / "storage"
         shutil.copytree(Path(tiny_shards().path), self.storage / "shards")
-        self.cluster = PrivateCluster({"NANOLADDER_STORAGE": str(self.storage)})
+        self.cluster = PrivateCluster({"NANOLADDER_STORAGE": str(self.storage), "RAY_metrics_report_interval_ms": "500"})
 
     def call(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
         """A client's command in the checkout."""
@@ -92,7 +95,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 def test_a_sweep_is_submitted_in_three_ways_and_leaves_records(place: Place) -> None:
-    done = place.nanoladder("submit", "sweeps/tiny.py", "--max-concurrent", "2")
+    with Scrape(place.cluster) as scrape:
+        done = place.nanoladder("submit", "sweeps/tiny.py", "--max-concurrent", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("job tiny-") and finished(done) == 2 and "2 runs, 0 failed" in done.stdout
     assert "Traceback" not in done.stdout and not done.stderr
@@ -114,6 +118,42 @@ def test_a_sweep_is_submitted_in_three_ways_and_leaves_records(place: Place) -> 
     assert (mine["metadata"]["job_name"], mine["metadata"]["question"][:5]) == ("tiny", "Which")
     assert plain["entrypoint"] == "python sweeps/tiny.py --set seeds=1" and plain["id"].startswith("raysubmit_")
     assert typed["entrypoint"] == "sweeps/tiny.py" and typed["metadata"]["sweep_file"] == "sweeps/tiny.py"
+
+    assert {"tokens_per_second", "train_loss", "val_bpb", "progress", "memory_bytes"} <= scrape.names, "mfu: no peak is known here"
+    assert scrape.trials == {f"tiny | d2w32-300steps | weight_decay_multiplier={x} | seed 0" for x in (0.5, 1)}
+
+
+class Scrape:
+    """Looks at the node's metrics, as Prometheus does, while something runs: our gauges, and the trials that they speak of."""
+
+    def __init__(self, cluster: PrivateCluster) -> None:
+        self._url = f"http://127.0.0.1:{cluster.metrics_port}/metrics"
+        self._token = {"Authorization": f"Bearer {cluster.token_file.read_text()}"}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self.names: set[str] = set()
+        self.trials: set[str] = set()
+
+    def __enter__(self) -> Scrape:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._end.wait(0.3):
+            request = urllib.request.Request(self._url, headers=self._token)
+            try:
+                with urllib.request.urlopen(request, timeout=5) as reply:
+                    lines = reply.read().decode().splitlines()
+            except OSError:  # the node's agent comes up after the head
+                continue
+            for line in lines:
+                if line.startswith("ray_nanoladder_"):
+                    self.names.add(line.removeprefix("ray_nanoladder_").split("{")[0])
+                    self.trials |= set(re.findall(r'trial="([^"]*)"', line))
 
 
 def finished(done: subprocess.CompletedProcess[str]) -> int:

@@ -22,8 +22,7 @@ from pathlib import Path
 START_SECONDS = 90.0
 LOOPBACK = "127.0.0.1"
 OTHER_PORTS = (
-    "node-manager", "object-manager", "ray-client-server", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export",
-    "runtime-env-agent",
+    "node-manager", "object-manager", "ray-client-server", "dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent",
 )  # fmt: skip
 
 
@@ -37,7 +36,7 @@ class PrivateCluster:
         self.token_file = self.folder / "token"
         self.token_file.touch(mode=0o600)
         self.token_file.write_text(secrets.token_hex(32))
-        self.port, self.dashboard_port, *self._others = free_ports(2 + len(OTHER_PORTS))
+        self.port, self.dashboard_port, self.metrics_port, *self._others = free_ports(3 + len(OTHER_PORTS))
         self.url = f"http://{LOOPBACK}:{self.dashboard_port}"
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHON", "NANOLADDER_"))}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file), "RAY_USAGE_STATS_ENABLED": "0"}
@@ -48,6 +47,7 @@ class PrivateCluster:
 
     def start(self) -> PrivateCluster:
         ports = [f"--{name}-port={port}" for name, port in zip(OTHER_PORTS, self._others, strict=True)]
+        ports.append(f"--metrics-export-port={self.metrics_port}")
         where = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", *ports]
         size = [f"--num-cpus={self.num_cpus}", f"--object-store-memory={100 * 2**20}", f"--temp-dir={self.folder / 't'}"]
         command = [self.python, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--node-ip-address={LOOPBACK}"]
