@@ -183,14 +183,16 @@ class NanoladderTokenizer:
 
     def special(self, name: str) -> int:
         """Id of a special token by its bare name, such as bos or user_start."""
-        return self._tokenizer.token_to_id(f"<|{name}|>")
+        number = self._tokenizer.token_to_id(f"<|{name}|>")
+        assert number is not None, f"tokenizer.json has no {name}"
+        return number
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """UTF-8 of ids; a single id may stand for a part of a character."""
-        tokens = [self._tokenizer.id_to_token(i) for i in ids]
+        tokens = [self._tokenizer.id_to_token(i) or "" for i in ids]
         return b"".join(t.encode() if t.startswith("<|") else bytes(self._bytes[c] for c in t) for t in tokens)
 
     def chat_prompt(self, message: str) -> list[int]:
