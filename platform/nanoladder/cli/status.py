@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from nanoladder.cli.common import Json, Positional, Storage, print_json
+import tyro
+
+from nanoladder.cli.common import Json, Storage, print_json
 from nanoladder.job_context import default_storage
 from nanoladder.workspace import Workspace
 
@@ -19,7 +21,7 @@ class Status:
     Example: nanoladder status wd_d20 --storage /shared/runs --watch --price 2.5
     """
 
-    sweep: Positional[str] = ""
+    sweep: tyro.conf.Positional[str] = ""
     """A sweep or ladder; left out: all under the storage root."""
     storage: Storage = field(default_factory=default_storage)
     watch: bool = False
@@ -57,7 +59,7 @@ class Stop:
     Example: nanoladder stop wd_d20 --storage /shared/runs
     """
 
-    sweep: Positional[str]
+    sweep: tyro.conf.Positional[str]
     """A sweep, or a ladder: then its stage that runs."""
     storage: Storage = field(default_factory=default_storage)
     now: bool = False
