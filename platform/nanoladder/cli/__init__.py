@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command("laws", "Report", "laws and runs as one HTML page"),
     "plan": Command("plan", "Plan", "what a run takes and what loss it should reach; solves backwards too"),
     "launch": Command("plan", "Launch", "the planned run on Ray Train, then prediction against result"),
+    "production": Command("production", "Production", "data, pretraining, evaluation, fine-tuning and chat, by one file"),
     "sft": Command("sft", "Sft", "fine-tune a checkpoint on conversations"),
     "eval": Command("evaluate", "Eval", "validation bpb and CORE of a checkpoint"),
     "chat-eval": Command("evaluate", "ChatEval", "ARC, MMLU, GSM8K, HumanEval and ChatCORE of a chat model"),
