@@ -21,6 +21,7 @@ from analysis.law import Law, Prediction, Status
 from analysis.noise import SeedNoise
 from analysis.optima import as_points, find_optima
 from analysis.power_law import COLLINEAR, MIN_RANGE, SAME_VALUE, Points, fit_line, fit_power_law, log_range
+from analysis.words import plural
 
 ASSUMED = {"width": -1.97, "D": -1.0, "N": -1.0, "ratio": 0.527}  # nanochat's width law; constant timescale; −ρ
 METHOD = "quadratics of log loss in log weight decay, then one weighted power law a candidate"
@@ -100,6 +101,10 @@ def weight_decay_from_optima(optima: pd.DataFrame, *, level: float = 0.9, source
     return _fit(points, cells, level, source_hash)
 
 
+def _nothing_inside(cells: int) -> str:
+    return f"no optimum inside the grid in {plural(cells, 'cell')}" if cells else "no cell varies the weight decay"
+
+
 def _fit(points: Points, cells: Sequence[dict[str, Any]], level: float, source_hash: str) -> WeightDecayLaw:
     predictors = _predictors(points)
     common: dict[str, Any] = {"target": "weight_decay", "method": METHOD, "source_hash": source_hash, "level": level}
@@ -111,7 +116,7 @@ def _fit(points: Points, cells: Sequence[dict[str, Any]], level: float, source_h
     n = int(points.interior.sum())
     whole: dict[str, Any] = {"candidates": tuple(laws), "cells": tuple(cells), "n": n, "source_hash": source_hash}
     if not usable:
-        message = laws[0].message if laws else "no cell varies the weight decay"
+        message = laws[0].message if laws else _nothing_inside(len(cells))
         status: Status = laws[0].status if laws else "too_few"
         return WeightDecayLaw(
             average=None,
