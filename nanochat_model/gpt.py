@@ -20,6 +20,8 @@ from nanochat_model.fp8 import RECIPES, eligible, fp8_linear
 from nanochat_model.init import initial_tensor
 from nanochat_model.loss import cross_entropy, softcapped_logits
 from nanochat_model.native import ops as native
+from nanochat_model.native.attention import Meaning, core_attention, fused
+from nanochat_model.native.layers import AttentionLayer, Feedforward, Look
 from nanochat_model.ops import mix_norm, relu_square, rms_norm, rotate
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class Table(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_rows, width))
 
     def forward(self, idx: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and native.usable(self.weight):
+            return Look.apply(self.weight, idx)
         return F.embedding(idx, self.weight)
 
 
@@ -73,6 +77,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.window = config.windows[layer]
         self.kernel: Kernel = attention.blocked
+        self.meaning = Meaning(window=self.window, qk_scale=QK_SCALE, ve_range=VE_GATE_RANGE)
         self.c_q = Linear(c, c, fp8=fp8)
         self.c_k = Linear(c, config.kv_dim, fp8=fp8)
         self.c_v = Linear(c, config.kv_dim, fp8=fp8)
@@ -83,10 +88,14 @@ class Attention(nn.Module):
         """x (B, T, C) normalized; ve (B, T, kv_dim) on layers with a value embedding; cos, sin (T, D/2), or (B, T, D/2)."""
         B, T, C = x.shape
         if cache is None and self.kernel is attention.blocked and native.usable(x, cos):
+            if torch.is_grad_enabled() and fused(x.dtype, self.head_dim):  # without gradients the modules run, for their hooks
+                gate_weight = None if self.ve_gate is None else self.ve_gate.weight
+                weights = (p.weight for p in (self.c_q, self.c_k, self.c_v, self.c_proj))
+                return AttentionLayer.apply(x, *weights, gate_weight, ve, cos, sin, self.head_dim, self.meaning)
             q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.c_q, self.c_k, self.c_v))
             gate = None if self.ve_gate is None else self.ve_gate(x[..., :VE_GATE_CHANNELS])
             ve = None if ve is None else ve.view_as(v)
-            y = native.CoreAttention.apply(q, k, v, cos, sin, ve, gate, self.window, QK_SCALE, VE_GATE_RANGE)
+            y = core_attention(q, k, v, cos, sin, ve, gate, self.meaning)
         else:
             q, k = self.queries_keys(x, cos, sin)
             y = self._attend(q, k, self._values(x, ve), cache)
@@ -122,6 +131,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.model_dim, config.model_dim, fp8=fp8)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and native.usable(x):
+            return Feedforward.apply(x, self.c_fc.weight, self.c_proj.weight)
         return self.c_proj(relu_square(self.c_fc(x)))
 
 

@@ -73,15 +73,29 @@ class _FusedCrossEntropy(torch.autograd.Function):
             total += loss
             if grad_x is not None and grad_table is not None and grad_logits is not None:
                 torch.mm(grad_logits, table, out=grad_x[start : start + size])
-                grad_table[:vocab_size] += grad_logits.T @ xc
+                _add(grad_table[:vocab_size], grad_logits.T @ xc)
         if needs_grad:
-            ctx.save_for_backward(grad_x, grad_table)
+            ctx.kept, ctx.weight = (grad_x, grad_table), weight
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_x, grad_table = ctx.saved_tensors
-        return (grad_x * grad).to(grad_x.dtype), grad_table * grad, None, None
+        grad_x, grad_table = ctx.kept
+        del ctx.kept
+        grad_x.mul_(grad)
+        grad_table.mul_(grad)
+        if ctx.weight.grad is None or not native.usable(grad_table):
+            return grad_x, grad_table, None, None
+        ctx.weight.grad.add_(grad_table)
+        return grad_x, None, None, None
+
+
+def _add(total: Tensor, part: Tensor) -> None:
+    """total (float32) += part, as one pass where the kernels take it."""
+    if native.usable(part):
+        native.call("accumulate" + native.SUFFIX[part.dtype], total, part, total.numel())
+    else:
+        total += part
 
 
 def _chunk(raw: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -64,3 +64,7 @@ static inline uint16_t float_to_bf16(float v) { /* to nearest, ties to even */
 #define STORE(v) float_to_bf16(v)
 #define NAME(n) n##_bf16
 #include "kernels.inc"
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#include "attention.inc"
+#endif

@@ -33,6 +33,10 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def _call(name: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
+    call(name + SUFFIX[dtype], *args)
+
+
+def call(name: str, *args: Tensor | int | float | None) -> None:
     """Call a kernel: tensors by address (they must be contiguous), ints as int64, floats as float; the thread count is added."""
     library = kernels()
     assert library is not None
@@ -45,7 +49,7 @@ def _call(name: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> 
             values.append(ctypes.c_float(a))
         else:
             values.append(ctypes.c_void_p(None) if a is None else ctypes.c_int64(a))
-    getattr(library, name + SUFFIX[dtype])(*values, ctypes.c_int(torch.get_num_threads()))
+    getattr(library, name)(*values, ctypes.c_int(torch.get_num_threads()))
 
 
 class MixNorm(torch.autograd.Function):
@@ -185,8 +189,8 @@ class CoreAttention(torch.autograd.Function):
             gqr.view(B * K, H // K, T, D)[:, :, start:stop] = torch.bmm(ds, k_rows[:, first:stop]).view(B * K, H // K, n, D)
             gkr[:, first:stop] += torch.bmm(ds.mT, q_rows[:, :, start:stop].reshape(B * K, rows, D))
         gq, gk, gv = torch.empty_like(q), torch.empty_like(k), k.new_empty((B, T, K, D))
-        _call("rotary_norm_backward", g.dtype, gqr, q, cos, sin, gq, B, T, H, D, EPS, q_scale)
-        _call("rotary_norm_backward", g.dtype, gkr.to(g.dtype), k, cos, sin, gk, B, T, K, D, EPS, k_scale)
+        _call("rotary_norm_backward", g.dtype, gqr.float(), q, cos, sin, gq, B, T, H, D, EPS, q_scale)
+        _call("rotary_norm_backward", g.dtype, gkr, k, cos, sin, gk, B, T, K, D, EPS, k_scale)
         gve = ggate = None
         if gate is None or ve is None:
             gv.copy_(gvr.view(B, K, T, D).transpose(1, 2))

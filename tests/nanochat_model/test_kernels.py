@@ -12,11 +12,12 @@ import reference_model as ref
 import torch
 from torch import Tensor
 
-from nanochat_model import attention, attention_backends, fp8, loss, ops
+from nanochat_model import attention, attention_backends, fp8, gpt, loss, ops
 from nanochat_model.errors import ConfigError
 from nanochat_model.gpt import rotary_tables
 from nanochat_model.native import build
 from nanochat_model.native import ops as native
+from nanochat_model.native.attention import Meaning, core_attention, fused
 
 torch.set_num_threads(1)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -101,11 +102,15 @@ def test_cached_attention_sees_each_row_up_to_its_own_position(window):
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("products", ["in C", "of torch"])
 @pytest.mark.parametrize(
-    "B, T, H, K, D, window", [(2, 40, 2, 2, 16, 40), (1, 150, 4, 2, 32, 128), (1, 140, 3, 1, 20, 7), (1, 9, 2, 2, 128, 9)]
+    "B, T, H, K, D, window",
+    [(2, 40, 2, 2, 16, 40), (1, 150, 4, 2, 32, 128), (1, 140, 3, 1, 20, 7), (1, 9, 2, 2, 128, 9), (1, 67, 2, 2, 48, 33)],
 )
-def test_fused_attention_layer(dtype, gated, B, T, H, K, D, window, monkeypatch):
+def test_fused_attention_layer(dtype, gated, products, B, T, H, K, D, window, monkeypatch):
     """Rotary, QK norm, gated value embeddings and attention in one autograd node."""
+    if products == "in C" and not fused(dtype, D):
+        pytest.skip("this CPU, dtype or head size has no attention in C")
     g = torch.Generator().manual_seed(T)
     shapes = ((B, T, H, D), (B, T, K, D), (B, T, K, D), (B, T, K, D), (B, T, K))
     fast, slow = leaves(*(torch.randn(s, generator=g) for s in shapes), dtype=dtype)
@@ -113,7 +118,10 @@ def test_fused_attention_layer(dtype, gated, B, T, H, K, D, window, monkeypatch)
     cos, sin = (t.to(dtype) for t in rotary_tables(T, D))
     ve, gate = (fast[3], fast[4]) if gated else (None, None)
     monkeypatch.setattr(attention, "SAVE_WEIGHTS_MAX", 1000 if gated else 0)
-    out = native.CoreAttention.apply(*fast[:3], cos, sin, ve, gate, window, 1.2, 3.0)
+    if products == "in C":
+        out = core_attention(*fast[:3], cos, sin, ve, gate, Meaning(window=window, qk_scale=1.2, ve_range=3.0))
+    else:
+        out = native.CoreAttention.apply(*fast[:3], cos, sin, ve, gate, window, 1.2, 3.0)
 
     q, k, v = slow[:3]
     if gated:
@@ -282,3 +290,37 @@ def test_fp8_is_refused_on_a_cpu_and_small_layers_stay_out():
     with pytest.raises(ConfigError, match="fp8 needs"):
         fp8.fp8_linear(torch.zeros(4, 128), torch.zeros(128, 128), "tensorwise")
     assert fp8.eligible(768, 3072) and not fp8.eligible(64, 256) and not fp8.eligible(136, 136)
+
+
+def plain_layers(monkeypatch):
+    """The same modules without a C kernel: the slow reference of the fused sublayers."""
+    for module in (native, gpt.native):
+        monkeypatch.setattr(module, "usable", lambda *tensors: False)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("attached", [True, False])  # whether weights have gradients already, which backward then adds to
+def test_sublayers_equal_plain_modules(dtype, attached, monkeypatch):
+    config = gpt.GPTConfig(depth=3, model_dim=64, num_heads=4, num_kv_heads=2, sequence_len=64, vocab_size=256)
+    model = gpt.GPT(config, compute_dtype=dtype).init_weights(0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    ids, targets = torch.randint(0, 256, (2, 2, 64))
+
+    def gradients():
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if attached else None
+        loss = model.loss(ids, targets)
+        loss.backward()
+        return loss.item(), {n: p.grad - int(attached) for n, p in model.named_parameters()}
+
+    loss, found = gradients()
+    plain_layers(monkeypatch)
+    expected_loss, expected = gradients()
+    assert loss == pytest.approx(expected_loss, rel=tolerance(dtype))
+    for name, g in expected.items():
+        error, rounding = (found[name] - g).norm(), 2e-7 * g.numel() ** 0.5  # of adding to a gradient of 1
+        assert error < (2e-5 if dtype == torch.float32 else 6e-2) * g.norm() + rounding, (name, error / g.norm())
