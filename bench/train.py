@@ -13,6 +13,7 @@ T 256 and are the CPU references; `d12`, `d20`, `d24` (T 2048, V 32768, batch 2^
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing as mp
 import os
@@ -171,6 +172,8 @@ def worker(variant: str, job: Job, checkout: str, pipe: Any) -> None:
     compiled = mode == "compiled"
     step, device = nanochat_step(job, compiled, checkout) if make == "nanochat" else our_step(job, compiled)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    gc.freeze()
+    gc.disable()  # as both programs do while they train
     for i in range(2):
         step(Timer(synchronize))
         if i == 0:

@@ -246,4 +246,5 @@ class RuntimeConfig:
     core_max_per_task: int = 500  # examples a task during training; 0: all
     sample_every_steps: int = 0
     diagnostics_every_steps: int = 0
+    usual_mfu: float = 0.0  # of recorded runs on this device: far below it, the likely cause is told; 0: none known
     price_per_device_hour: float = 0.0  # dollars, for the live line

@@ -19,7 +19,7 @@ from nanochat_model.progress import GIVE_UP_STEPS, Progress
 from nanochat_model.record import Status
 from nanochat_model.resume import multipliers_at
 from nanochat_model.session import Session
-from nanochat_model.step_times import LOW_MFU, likely_cause, timed_step
+from nanochat_model.step_times import is_low, likely_cause, timed_step
 
 SETTLED_STEPS = 20  # steps after which compilation and warm-up no longer weigh on the rate
 _log = logging.getLogger(__name__)
@@ -138,11 +138,14 @@ class Runner:
             rows = self.session.stepper.micro_batch_rows * self.config.model.sequence_len
             windowed = min(self.config.model.windows) < self.config.model.sequence_len
             attention = self.session.model.choose_attention(self.session.device)
-            cause = likely_cause(info.diagnostics, micro_batch_tokens=rows, attention=attention, windowed=windowed)
+            mfu, usual = info.mfu or 0.0, self.runtime.usual_mfu
+            cause = likely_cause(
+                info.diagnostics, micro_batch_tokens=rows, attention=attention, windowed=windowed, mfu=mfu, usual_mfu=usual
+            )
             if self.ranks.is_main:
-                _log.warning("MFU is under %.0f%% of the device's peak: %s", 100 * LOW_MFU, cause)
+                _log.warning("MFU is %.0f%% of the device's peak%s: %s", 100 * mfu, _beside(usual), cause)
         elif not self._explained and self.progress.steps_here >= SETTLED_STEPS and info.mfu is not None:
-            self._explain_next = all_max([float(info.mfu < LOW_MFU)])[0] > 0
+            self._explain_next = all_max([float(is_low(info.mfu, self.runtime.usual_mfu))])[0] > 0
 
     def _save_due(self, at_report: bool) -> bool:
         step, every_seconds = self.progress.step, self.runtime.checkpoint_every_seconds
@@ -216,6 +219,10 @@ class Runner:
         self._saved_step, self._saved_at = p.step, time.monotonic()
         barrier()
         self.callbacks.call("on_checkpoint", step_dir(self.run_dir / CHECKPOINTS_DIR, p.step), p.step)
+
+
+def _beside(usual_mfu: float) -> str:
+    return f" (recorded runs: {100 * usual_mfu:.0f}%)" if usual_mfu else ""
 
 
 def _due(step: int, every: int) -> bool:

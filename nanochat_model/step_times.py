@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from nanochat_model.loop import Batch, Multipliers, StepOutcome, Stepper
 
+FAR_BELOW = 0.8  # of the recorded runs' MFU; seeds, batches and hosts of one device spread over some percent
 LOW_MFU = 0.40  # under this a GPU run is told why; nanochat reaches 41% at d12 on H100s
 SMALL_MICRO_BATCH_TOKENS = 16384  # below it matmuls of a small model do not fill a GPU
 PARTS = ("data", "compute", "wait", "communication", "optimizer")
@@ -85,8 +86,22 @@ def timed_step(
     return metrics, outcome
 
 
-def likely_cause(metrics: Mapping[str, float], *, micro_batch_tokens: int, attention: str, windowed: bool) -> str:
-    """The most likely reason for a low MFU, from `timed_step`'s metrics, with the remedy, in one line."""
+def is_low(mfu: float, usual_mfu: float) -> bool:
+    """Whether an MFU calls for an explanation: under 40%, or far below that of recorded runs on this device (0: none known)."""
+    return mfu < LOW_MFU or mfu < FAR_BELOW * usual_mfu
+
+
+def likely_cause(
+    metrics: Mapping[str, float],
+    *,
+    micro_batch_tokens: int,
+    attention: str,
+    windowed: bool,
+    mfu: float = 0.0,
+    usual_mfu: float = 0.0,
+) -> str:
+    """The most likely reason for a low MFU, from `timed_step`'s metrics, with the remedy, in one line. `usual_mfu`: of recorded
+    runs on this device, 0 where none is known."""
     total = sum(metrics.get(f"step_seconds/{part}", 0.0) for part in PARTS)
     if total <= 0:
         return "no step was measured"
@@ -108,4 +123,9 @@ def likely_cause(metrics: Mapping[str, float], *, micro_batch_tokens: int, atten
         return f"the optimizer takes {share('optimizer'):.0%} of a step; the batch is small for this model, raise batch_tokens"
     if micro_batch_tokens < SMALL_MICRO_BATCH_TOKENS:
         return f"a micro-batch of {micro_batch_tokens} tokens is too small to fill the device; raise micro_batch_rows"
+    if mfu < FAR_BELOW * usual_mfu:
+        return (
+            f"recorded runs on this device reach {usual_mfu:.0%}, and no part of the step stands out; look at its clock, its "
+            "temperature and other programs on it"
+        )
     return f"none stands out: {share('compute'):.0%} of a step is computation; the model may be too narrow for this device"

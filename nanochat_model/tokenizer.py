@@ -179,7 +179,16 @@ class Tokenizer:
         meta = _read_json(folder / META_FILE)
         data = _read_json(folder / TOKENIZER_FILE)
         if meta.get("schema_version") != SCHEMA_VERSION:
-            raise ConfigError(f"{folder / META_FILE}: schema {meta.get('schema_version')!r}, this version reads {SCHEMA_VERSION}")
+            raise ConfigError(
+                f"{folder / META_FILE}: schema {meta.get('schema_version')!r}, this version reads {SCHEMA_VERSION}; train the "
+                "tokenizer again, or use the release that made it"
+            )
+        missing = sorted({"hash", "trained_on"} - meta.keys())
+        if missing:
+            raise ConfigError(
+                f"{folder / META_FILE}: lacks {', '.join(missing)}, so another version made it; train the tokenizer again, or use "
+                "the release that made it"
+            )
         try:
             tokenizer = cls(data["model"]["vocab"], [(a, b) for a, b in data["model"]["merges"]], meta["trained_on"])
         except (KeyError, TypeError, ValueError) as e:

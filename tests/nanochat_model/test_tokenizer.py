@@ -19,7 +19,7 @@ from small_text import texts
 from tokenizers import Regex, pre_tokenizers
 
 from nanochat_model.errors import ConfigError
-from nanochat_model.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_characters
+from nanochat_model.tokenizer import META_FILE, SPECIAL_TOKENS, Tokenizer, byte_characters
 from nanochat_model.tokenizer_import import from_ranks, import_nanochat_tokenizer
 from nanochat_model.word_split import SPLIT_PATTERN, split_words, stand_in
 
@@ -159,6 +159,17 @@ def test_special_tokens_come_last_and_never_from_text(tokenizer: Tokenizer, tmp_
 def test_bytes_keep_their_own_ids(tokenizer: Tokenizer) -> None:
     assert [tokenizer.decode_bytes([i]) for i in range(256)] == [bytes([i]) for i in range(256)]
     assert tokenizer.decode([0xC3]) == "�" and tokenizer.decode([0xC3, 0xA9]) == "é"
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"), [({"schema_version": 0}, "schema 0, this version reads"), ({"trained_on": None}, "lacks trained_on")]
+)
+def test_metadata_of_another_version_is_named_as_the_cause(tokenizer: Tokenizer, tmp_path: Path, change: dict, cause: str) -> None:
+    tokenizer.save(tmp_path)
+    meta = json.loads((tmp_path / META_FILE).read_text()) | change
+    (tmp_path / META_FILE).write_text(json.dumps({k: v for k, v in meta.items() if v is not None}))
+    with pytest.raises(ConfigError, match=cause):
+        Tokenizer.load(tmp_path)
 
 
 def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, corpus: list[str], tmp_path: Path) -> None:
