@@ -70,8 +70,8 @@ class TableOptions:
     several to mix them in spite of it."""
 
     def mapping(self) -> dict[str, str]:
-        names = ("params", "params_matrices_lm_head", "params_all", "params_matrices", "tokens", "loss", "budget", "flops")
-        names += ("batch", "lr", "weight_decay", "width", "group", "seed")
+        names: list[str] = ["params", "params_matrices_lm_head", "params_all", "params_matrices", "tokens", "loss", "budget", "flops"]
+        names += ["batch", "lr", "weight_decay", "width", "group", "seed"]
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     def read(self) -> RunTable:
