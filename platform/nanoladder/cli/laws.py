@@ -70,7 +70,7 @@ class TableOptions:
     several to mix them in spite of it."""
 
     def mapping(self) -> dict[str, str]:
-        names: list[str] = ["params", "params_matrices_lm_head", "params_all", "params_matrices", "tokens", "loss", "budget", "flops"]
+        names = ["params", "params_matrices_lm_head", "params_all", "params_matrices", "tokens", "loss", "budget", "flops"]
         names += ["batch", "lr", "weight_decay", "width", "group", "seed"]
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
