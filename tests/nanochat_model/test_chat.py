@@ -9,6 +9,7 @@ from nanochat_model.conversations import render_conversation, render_prompt
 from nanochat_model.errors import ConfigError
 from nanochat_model.gpt import GPT
 from nanochat_model.tokenizer import Tokenizer
+from nanochat_model.tool_use import PythonCalls, reply_parts
 from nanochat_model.train import pretrain
 
 
@@ -87,9 +88,11 @@ def test_characters_of_several_bytes_arrive_whole(model: GPT, tokenizer: Tokeniz
     pieces = list(Chat(model, tokenizer).reply("ab", temperature=1.5, top_k=0, max_tokens=60, seed=5))
     assert all(isinstance(p, str) and p for p in pieces)
     ids = Chat(model, tokenizer)
-    assert "".join(ids.reply("ab", temperature=1.5, top_k=0, max_tokens=60, seed=5)) == tokenizer.decode(
-        ids.turns[0][len(ids._question("ab")) : -1]
-    )
+    said = list(ids.reply_pieces("ab", temperature=1.5, top_k=0, max_tokens=60, seed=5))
+    whole = reply_parts(ids.turns[0][len(ids._question("ab")) : -1], tokenizer)
+    for kind in ("text", "python", "python_output"):  # a model of random weights writes markers too
+        assert "".join(p.text for p in said if p.kind == kind) == "".join(text for k, text in whole if k == kind)
+    assert "".join(pieces) == "".join(p.text for p in said if p.kind == "text")
 
 
 def test_old_turns_leave_a_full_context(model: GPT, tokenizer: Tokenizer) -> None:
@@ -114,3 +117,44 @@ def test_loads_from_a_run_and_samples(tmp_path: Path, tokenizer: Tokenizer) -> N
     assert chat.tokenizer.hash == tokenizer.hash
     texts = sample_texts(chat.model, chat.tokenizer, ["ab", "cde"])
     assert texts[0].startswith("ab") and texts[1].startswith("cde")
+
+
+def test_the_tool_answers_finished_calls_only(tokenizer: Tokenizer) -> None:
+    start, end = tokenizer.special_id("<|python_start|>"), tokenizer.special_id("<|python_end|>")
+    output = tokenizer.special_id("<|output_start|>"), tokenizer.special_id("<|output_end|>")
+    tool = PythonCalls(tokenizer)
+    call = [start, *tokenizer.encode("12 + 30"), end]
+    assert tool(call) == [output[0], *tokenizer.encode("42"), output[1]]
+    assert tool([7, *call, *tool(call), *call]) == tool(call)  # the last call alone
+    for made in ([7], call[:-1], [end], [*call, *tool(call)], [*call, end], [start, end], [start, *tokenizer.encode("x"), end]):
+        assert tool(made) == []
+    parts = reply_parts([*tokenizer.encode("so "), *call, *tool(call), *tokenizer.encode("42")], tokenizer)
+    assert parts == [("text", "so "), ("python", "12 + 30"), ("python_output", "42"), ("text", "42")]
+
+
+def test_a_call_is_worked_out_while_replying(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model that is made to write a call: its result is put into the reply, shown, and remembered."""
+    script = [tokenizer.special_id("<|python_start|>"), *tokenizer.encode("6 * 7"), tokenizer.special_id("<|python_end|>")]
+    wanted = [*script, *[0] * (2 + len(tokenizer.encode("42"))), *tokenizer.encode("ok"), tokenizer.special_id("<|assistant_end|>")]
+
+    def next_logits(ids: torch.Tensor, cache: object, lengths: object = None) -> torch.Tensor:
+        logits = torch.zeros(1, model.config.vocab_size)
+        logits[0, wanted.pop(0)] = 1.0
+        return logits
+
+    monkeypatch.setattr(model, "next_logits", next_logits)
+    chat = Chat(model, tokenizer)
+    pieces = list(chat.reply_pieces("ab", temperature=0))
+    assert [(k, "".join(p.text for p in pieces if p.kind == k)) for k in ("python", "python_output", "text")] == [
+        ("python", "6 * 7"), ("python_output", "42"), ("text", "ok"),
+    ]  # fmt: skip
+    assert "6 * 7<|python_end|><|output_start|>42<|output_end|>ok<|assistant_end|>" in tokenizer.decode(chat.turns[0])
+
+
+def test_a_reply_that_is_cut_short_stays_in_the_history(model: GPT, tokenizer: Tokenizer) -> None:
+    chat = Chat(model, tokenizer)
+    pieces = chat.reply_pieces("ab", temperature=0, max_tokens=40)
+    next(pieces)
+    pieces.close()
+    assert len(chat.turns) == 1 and chat.turns[0][-1] == tokenizer.special_id("<|assistant_end|>")
+    assert "".join(chat.reply("cd", temperature=0, max_tokens=5)) is not None and len(chat.turns) == 2
