@@ -1,0 +1,124 @@
+"""Ray nodes on this machine, each in a session of its own, so that one can be killed whole, as a power cut would."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# Ray waits a minute for a head that is gone, and half a minute for a node that does not answer: tests need not.
+FAST = {
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+class RayNodes:
+    """A head and its nodes; `env` is what a driver needs to join them."""
+
+    def __init__(self, *, support: Path, **env: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="nlr-"))  # short: Unix sockets lie in it
+        self.env = {
+            **os.environ,
+            **FAST,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "PYTHONPATH": os.pathsep.join([str(support), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
+        self.env |= env
+        self.env.pop("RAY_ADDRESS", None)
+        self.address = f"127.0.0.1:{free_port()}"
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def start_head(self, *, num_cpus: int = 1, num_gpus: int = 0) -> int:
+        port = self.address.split(":")[1]
+        node = ["--head", f"--port={port}", "--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
+        pid = self._start([*node, f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"], "head")
+        wait_for(lambda: answers(self.address), 60)
+        return pid
+
+    def start_node(self, *, num_cpus: int = 1, num_gpus: int = 0) -> int:
+        return self._start([f"--address={self.address}", f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"], "node")
+
+    def _start(self, arguments: list[str], kind: str) -> int:
+        log = (self.folder / f"{kind}-{len(self._started)}.log").open("wb")
+        temp = [f"--temp-dir={self.folder}"] if kind == "head" else []
+        command = [str(Path(sys.executable).parent / "ray"), "start", *arguments, *temp]
+        process = subprocess.Popen(
+            [*command, "--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--block"],
+            env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        self._started.append(process)
+        return process.pid
+
+    def kill(self, node: int) -> None:
+        """SIGKILL to every process of a node at once."""
+        for pid in session_of(node):
+            kill_process(pid)
+        for process in self._started:
+            if process.pid == node:
+                process.wait()
+
+    def close(self) -> None:
+        for process in self._started:
+            self.kill(process.pid)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def kill_process(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def answers(address: str) -> bool:
+    host, port = address.split(":")
+    with socket.socket() as s:
+        s.settimeout(1)
+        return s.connect_ex((host, int(port))) == 0
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def session_of(leader: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[3]) == leader and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def wait_for(what: Callable[[], object], seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.05)

@@ -1,0 +1,89 @@
+"""A sweep of the toy training as a process of its own, to be interrupted in every way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+from ray_nodes import is_alive
+from toy_training import notes
+
+from nanochat_model.config import DataConfig
+from nanochat_model.record import RunRecord
+from nanoladder.cells import planned_trials
+from nanoladder.sweep import Sweep
+from nanoladder.sweep_command import load_sweep
+from nanoladder.workspace import Workspace
+
+SUPPORT = Path(__file__).parent
+SWEEP_FILE = f"""
+import sys
+sys.path.insert(0, {str(SUPPORT)!r})
+from functools import partial
+from toy_training import HORIZON, MODEL, TRAIN
+from nanochat_model.config import DataConfig
+from nanoladder import Cell, Grid, Sweep, execute, run_sweep
+
+SWEEP = Sweep(
+    name="toy",
+    question="?",
+    cells=(Cell(model=MODEL, horizon=HORIZON, overrides={{"batch_tokens": 64, "optimizer.weight_decay": 0.1}}),),
+    space={{"optimizer.matrix_lr": Grid([0.001 * 1.5**i for i in range(NUM_RUNS)])}},
+)
+
+if __name__ == "__main__":
+    execute.execute_sweep = partial(execute.execute_sweep, train_function=TRAIN, data=DataConfig(manifest_hash="toy"))
+    run_sweep(SWEEP)
+"""
+
+
+class Driver:
+    """`python toy.py` in a session of its own."""
+
+    def __init__(self, folder: Path, num_runs: int) -> None:
+        self.folder = folder
+        self.root = folder / "runs"
+        (folder / "toy.py").write_text(SWEEP_FILE.replace("NUM_RUNS", str(num_runs)))
+        sweep = load_sweep(folder / "toy.py")
+        assert isinstance(sweep, Sweep)
+        self.expected = {t.run_id for t in planned_trials(sweep, DataConfig(manifest_hash="toy"))}
+
+    def start(self, step_seconds: float, *options: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        env = (env or dict(os.environ)) | {"TOY_STEP_SECONDS": str(step_seconds), "PYTHONPATH": str(SUPPORT)}
+        return subprocess.Popen(
+            [sys.executable, "toy.py", "--storage", str(self.root), *options],
+            cwd=self.folder,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=heed_interrupts,
+        )
+
+    def ended(self) -> set[str]:
+        return {n["run_id"] for n in notes(self.root, "end")}
+
+    def training(self) -> list[int]:
+        """Processes in the middle of a run, as far as they are alive."""
+        over = {(n["pid"], n["run_id"]) for n in notes(self.root, "end")}
+        open_runs = {n["pid"]: None for n in notes(self.root, "start") if (n["pid"], n["run_id"]) not in over}
+        return [pid for pid in open_runs if is_alive(pid)]
+
+    def check_it_ended_well(self) -> list[RunRecord]:
+        """The records of an undisturbed sweep: each once, none failed, and Optuna agrees."""
+        records = [RunRecord.load(p) for p in (self.root / "runs").glob("*/record.json")]
+        assert {r.run_id for r in records} == self.expected and len(records) == len(self.expected)
+        assert {r.status for r in records} == {"complete"}
+        study = optuna.load_study(study_name=None, storage=Workspace(self.root).optuna_uri)  # there is only one
+        assert [t.state.name for t in study.trials] == ["COMPLETE"] * len(self.expected)
+        return records
+
+
+def heed_interrupts() -> None:
+    """A shell that starts the tests in the background has SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
