@@ -114,7 +114,8 @@ def fit(frame: pd.DataFrame, quantity: Quantity, start: np.ndarray) -> Fit:
 def grid(truth: Truth, budgets: np.ndarray) -> pd.DataFrame:
     rows = []
     for c in budgets:
-        centre = truth.optimum(1e18) * GUESS_FACTOR * (c / 1e18) ** (truth.theta[4] / (truth.theta[3] + truth.theta[4]) + GUESS_SLOPE)
+        slope = truth.theta[4] / (truth.theta[3] + truth.theta[4]) + GUESS_SLOPE
+        centre = truth.optimum(1e18) * GUESS_FACTOR * (c / 1e18) ** slope
         rows += [(n, c / 6 / n, c) for n in centre * np.geomspace(1 / SPAN, SPAN, NUM_SIZES)]
     return pd.DataFrame(rows, columns=["N", "D", "C"])
 

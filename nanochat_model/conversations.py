@@ -36,7 +36,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
     """All conversations of a .jsonl or .parquet file, or of those in a folder. A line may also be a bare list of
     messages; a parquet file has a column `messages`. Raises ConfigError that names file and line (or row), rule and remedy."""
     rows = read_rows(files_of(Path(path)))
-    found = [{"messages": checked_conversation(row, where)["messages"]} for where, row in rows]
+    found: list[Conversation] = [{"messages": checked_conversation(row, where)["messages"]} for where, row in rows]
     if not found:
         raise ConfigError(f"conversations {str(path)!r}: none found; give a .jsonl or .parquet file with at least one")
     return found

@@ -11,6 +11,7 @@ What holds where (`SandboxResult.guards` says what was in force):
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -106,10 +107,8 @@ def _wait(process: subprocess.Popen[bytes], timeout_seconds: float) -> bool:
     except subprocess.TimeoutExpired:
         timed_out = True
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # and whatever it started, where the kernel did not forbid that
-        except ProcessLookupError:
-            pass
         process.wait()
     return timed_out
 

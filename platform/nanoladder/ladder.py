@@ -136,7 +136,7 @@ def execute_ladder(
 
     for number, stage in enumerate(ladder.stages):
         sweep = ladder.stage_sweep(stage, variants, stage_recipe(ladder, stage, workspace))
-        judging = {"alpha": ladder.alpha, "min_gain": ladder.min_gain, "before": promotions}
+        judging: dict[str, Any] = {"alpha": ladder.alpha, "min_gain": ladder.min_gain, "before": promotions}
         chosen = finalists(sweep, stage.finalists, run)
         final = replace(sweep, variants={k: v for k, v in sweep.variants.items() if k in (BASELINE, *chosen)})
         runs = run(final)

@@ -227,7 +227,7 @@ class CellStudy:
         self._take_wider({"ranges": plain_ranges, "trials": more_trials})
 
     def _take_wider(self, facts: Mapping[str, Any] | None) -> None:
-        kinds = {"Uniform": Uniform, "LogUniform": LogUniform}
+        kinds: dict[str, type[Uniform] | type[LogUniform]] = {"Uniform": Uniform, "LogUniform": LogUniform}
         if facts:
             ranges = {k: kinds[name](low, high) for k, (name, low, high) in facts["ranges"].items()}
             self._wider = _Wider(ranges=ranges, trials=int(facts["trials"]))
@@ -368,6 +368,7 @@ def _from_unit(dimension: Dimension, u: float) -> Value:
         return dimension.options[min(int(u * len(dimension.options)), len(dimension.options) - 1)]
     if isinstance(dimension, LogUniform):
         return math.exp(math.log(dimension.low) + u * (math.log(dimension.high) - math.log(dimension.low)))
+    assert isinstance(dimension, Uniform), dimension  # a When is resolved to its dimension before
     return dimension.low + u * (dimension.high - dimension.low)
 
 

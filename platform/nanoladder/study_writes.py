@@ -35,7 +35,7 @@ def finish_trial(
     else:
         with _create_scoped_session(database.scoped_session, True) as session:
             trial = models.TrialModel.find_or_raise_by_id(trial_id, session)
-            database.check_trial_is_updatable(trial_id, trial.state)
+            database.check_trial_is_updatable(trial_id, trial.state)  # type: ignore[arg-type]  # a Column to the stubs
             known = {row.step for row in trial.intermediate_values}  # of an earlier command that was cut off here
             for key, attr in attrs.items():
                 database._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, key, attr)
