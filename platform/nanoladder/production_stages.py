@@ -169,7 +169,7 @@ class ChatStages:
         progress.update(0, 1, "rendering conversations")
         plan = plan_sft(options, base, self.sources(), self.workspace.root / "sft-data", tasks_dir=s.tasks_dir)
         folder = self.workspace.root / "sft" / run_id(plan.config)
-        labels = {"name": self.config.name, "stage": "sft"}
+        labels: dict[str, Any] = {"name": self.config.name, "stage": "sft"}
         if torch_device(self.config) == "cpu" or self.config.device.num_devices == 1:
             from nanochat_model.device import tune_process
             from nanoladder.demo_chat import ShowSteps
@@ -192,8 +192,8 @@ class ChatStages:
             "summary": f"{record.num_conversations:,} conversations, {losses}",
         }
 
-    def finetune_on_ray(self, plan: Any, folder: Path, labels: dict[str, str], progress: Progress) -> None:
-        from nanochat_model.sft import TRAIN_FUNCTION
+    def finetune_on_ray(self, plan: Any, folder: Path, labels: dict[str, Any], progress: Progress) -> None:
+        from nanochat_model.sft_recipe import TRAIN_FUNCTION
         from nanoladder.ray_init import ensure_ray, shutdown_ray
         from nanoladder.train_backend import run_training_on_ray_train
 
