@@ -1,6 +1,6 @@
 """What a study is told about a finished trial, in one transaction: through Optuna's calls each point of a curve is one.
 
-A trial of ten evaluations cost 77 ms in 14 transactions, and costs 12 in two this way (two Zen cores, sqlite).
+With ten evaluations the driver spent 82 ms on a finished trial in 14 transactions, and 29 ms in two (profiled, two Zen cores).
 """
 
 from __future__ import annotations
