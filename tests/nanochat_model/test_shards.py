@@ -10,7 +10,7 @@ import pickle
 import shutil
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,7 @@ def test_workers_do_not_change_the_result(tmp_path: Path) -> None:
 def test_work_may_be_done_by_an_executor_from_elsewhere(tmp_path: Path) -> None:
     """As a Ray cluster's: tasks end in any order, the result is the same, and the executor stays usable."""
     one = small_shards(tmp_path, shard_bytes=15_000)
-    with ThreadPoolExecutor(3) as executor:
+    with ProcessPoolExecutor(2) as executor:
         options = {"num_workers": 3, "shard_bytes": 15_000, "executor": executor}
         assert build_shards(tmp_path / "corpus", one.tokenizer, tmp_path / "two", **options).manifest == one.manifest
         assert executor.submit(int, "7").result() == 7
