@@ -93,13 +93,20 @@ class PrivateCluster:
         return found
 
 
+def clean_environment() -> dict[str, str]:
+    """Ours without PYTHONPATH: other tests of this process may have put this repository on it."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+
 def make_python(folder: Path) -> Path:
     """A virtual environment that sees this one's packages, but none of the `.pth` files through which ours is installed."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     (folder / "lib" / version / "site-packages" / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = folder / "bin" / "python"
-    found = subprocess.run([str(python), "-c", "import ray, nanoladder"], capture_output=True, text=True, cwd=folder)
+    found = subprocess.run(
+        [str(python), "-c", "import ray, nanoladder"], capture_output=True, text=True, cwd=folder, env=clean_environment()
+    )
     assert "No module named 'nanoladder'" in found.stderr, f"nanoladder must not be installed here, ray must: {found.stderr}"
     return python
 
