@@ -47,8 +47,8 @@ _ALLOW, _EPERM, _ENOSYS, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
 
 _REFUSED_EVENTS = ("socket.", "subprocess.", "ctypes.", "os.exec", "os.fork", "os.kill", "os.posix_spawn", "os.spawn", "os.system",
                    "os.startfile", "pty.", "signal.pthread_kill", "syslog.", "urllib.", "http.", "ftplib.", "smtplib.",
-                   "telnetlib.", "webbrowser.", "resource.setrlimit", "resource.prlimit", "os.setxattr", "os.removexattr", "winreg.",
-                   "sys.addaudithook")  # fmt: skip
+                   "telnetlib.", "webbrowser.", "resource.setrlimit", "resource.prlimit", "os.setxattr", "os.removexattr",
+                   "winreg.", "sys.addaudithook")  # fmt: skip
 _PATH_EVENTS = ("os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate",
                 "os.utime", "shutil.", "tempfile.")  # fmt: skip
 
