@@ -55,7 +55,7 @@ def build_shards(
     """Tokenize a corpus into `out_dir`, or find it there. The result does not depend on `num_workers`, the processes that share
     the work; with more than one, a script that calls this needs the usual `if __name__ == "__main__":`.
 
-    `executor` runs the work elsewhere (processes or a cluster that see the same folders, never threads), `num_workers` row groups at a time.
+    `executor` runs the work elsewhere (processes or a cluster, never threads), `num_workers` row groups at a time.
 
     Raises ConfigError when `out_dir` holds shards of another corpus or tokenizer, or something else.
     """
