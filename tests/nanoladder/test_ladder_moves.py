@@ -1,0 +1,96 @@
+"""A ladder's winners are moved and its finalists chosen, and pruning judges only the constant part: without Ray."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from sweep_bench import Bench
+from toy_training import HORIZON, MODEL
+
+from nanochat_model.recipe import PowerRule
+from nanochat_model.record import CurvePoint
+from nanoladder.cells import resolve_config
+from nanoladder.ladder import Ladder, Stage, finalists, moved, screening, stage_recipe
+from nanoladder.promote import judge_screened, judge_stage
+from nanoladder.prune import Pruner, constant_until, is_far_behind, loss_at
+from nanoladder.space import Grid, Times
+from nanoladder.sweep import Cell, Sweep
+from nanoladder.workspace import Workspace
+
+KNOBS = {"batch_tokens": 64, "optimizer.matrix_lr": 0.02, "optimizer.weight_decay": 0.1}
+CELL = Cell(model=MODEL, horizon=HORIZON, overrides=KNOBS)
+LADDER = Ladder(
+    name="l", question="?", stages=(Stage(name="a", cells=(CELL,), finalists=1), Stage(name="b", cells=(CELL,))),
+    variants={"half": {"optimizer.matrix_lr": 0.01}, "eight": {"optimizer.matrix_lr": 0.16}, "two": {"optimizer.matrix_lr": 0.04}},
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0")
+
+
+def test_a_winner_goes_on_as_a_multiple_of_the_next_stages_own_value() -> None:
+    sweep = LADDER.stage_sweep(LADDER.stages[0], LADDER.variants)
+    go_on = moved({"half": LADDER.variants["half"]}, sweep)
+    assert go_on == {"half": {"optimizer.matrix_lr": Times(0.5)}}
+    larger = replace(CELL, overrides={**KNOBS, "optimizer.matrix_lr": 0.006})
+    next_stage = LADDER.stage_sweep(Stage(name="b", cells=(larger,)), go_on)
+    assert resolve_config(next_stage, larger, {"variant": "half"}).optimizer.matrix_lr == pytest.approx(0.003)
+    assert moved({"x": {"schedule.final_lr_fraction": 0.0}}, sweep) == {"x": {"schedule.final_lr_fraction": 0.0}}
+
+
+def test_only_finalists_get_all_seeds_and_nothing_is_adopted_on_one(tmp_path: Path) -> None:
+    sweep = LADDER.stage_sweep(LADDER.stages[0], LADDER.variants)
+
+    def run(each: Sweep) -> dict:
+        bench = Bench(tmp_path, [each])
+        bench.run()
+        (work,) = bench.works
+        return {c.values["variant"]: {s: work.records[c.number][s] for s in each.seeds} for c in work.study.candidates}
+
+    assert finalists(sweep, 1, run) == ["half"]
+    final = replace(sweep, variants={k: v for k, v in sweep.variants.items() if k in ("baseline", "half")})
+    runs = run(final)
+    assert [p.verdict for p in judge_stage(final, runs, num_candidates=3)] == ["adopt"]
+    rest = judge_screened(sweep, final, run(screening(sweep)), runs)
+    assert {p.change for p in rest} == {"eight", "two"} and all(p.verdict != "adopt" and "first seed" in p.reason for p in rest)
+
+
+def test_a_stage_takes_the_laws_of_its_beginning_and_keeps_them(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    law = {"coefficient": 4096.0, "exponents": {"D": 0.5}, "references": {"D": 1e6}, "status": "converged", "n": 9, "method": "x"}
+    workspace.laws_path.write_text(json.dumps({"batch_size": law}))
+    recipe = stage_recipe(LADDER, LADDER.stages[0], workspace)
+    assert recipe.batch_size.exponents == {"D": 0.5} and recipe.batch_size.status == "fitted"
+    workspace.laws_path.write_text(json.dumps({"batch_size": {**law, "exponents": {"D": 0.1}}}))
+    assert asdict(stage_recipe(LADDER, LADDER.stages[0], workspace)) == asdict(recipe), "kept where it began"
+    assert stage_recipe(LADDER, LADDER.stages[1], workspace).batch_size.exponents == {"D": 0.1}, "the next takes what is current"
+    assert isinstance(recipe.batch_size, PowerRule)
+    assert stage_recipe(replace(LADDER, laws="none"), LADDER.stages[0], workspace) is LADDER.recipe
+
+
+def test_pruning_stops_only_what_trails_far_behind_before_the_decay(tmp_path: Path) -> None:
+    space = {"optimizer.matrix_lr": Grid([0.008, 0.009, 0.01, 0.011, 0.012, 0.013])}
+    sweep = replace(Sweep(name="toy", question="?", cells=(CELL,)), space=space, pruning="constant")
+    bench = Bench(tmp_path, [sweep])
+    pruner = Pruner(Workspace(tmp_path), [sweep])
+    bench.pool._on_record = pruner.on_record
+    bench.run(stop_after=5)
+    (trial,) = bench.pool.in_flight.values()
+    trial = trial.trial
+    step = constant_until(trial.config)
+    (tmp_path / "runs" / trial.run_id).mkdir(parents=True, exist_ok=True)
+    known = loss_at(next(iter(pruner._curves.values()))[0], step / trial.config.num_steps)
+    assert known is not None
+    pruner.on_event(trial, {"event": "eval", "step": step + 1, "val_bpb": 9 * known})
+    pruner.on_event(trial, {"event": "eval", "step": step, "val_bpb": 1.01 * known})
+    assert not pruner.stopped, "in the decay, or near the others: goes on"
+    pruner.on_event(trial, {"event": "eval", "step": step, "val_bpb": 1.2 * known})
+    assert pruner.stopped == {trial.run_id} and (tmp_path / "runs" / trial.run_id / "stop").read_text().startswith("pruned")
+    assert not is_far_behind(9.0, [1.0] * 4)
+    points = [CurvePoint(step=s, num_tokens=s, train_flops=s, seconds=s, val_bpb=v) for s, v in ((1, 4.0), (3, 1.0))]
+    assert loss_at(points, 2 / 3) == pytest.approx(2.0) and loss_at(points, 0.1) is None
