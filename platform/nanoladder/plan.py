@@ -15,38 +15,15 @@ from nanochat_model.memory import FP32, MemoryEstimate, choose_micro_batch_rows,
 from nanochat_model.recipe import NANOCHAT, Recipe
 from nanochat_model.record import RunRecord
 from nanoladder.laws_to_recipe import LawRecipe, Laws, RuleUse, convention_of, optimal_horizon, recipe_from_laws
+from nanoladder.target import Target
 from nanoladder.throughput import Throughput, all_reduce_seconds, estimate_throughput
 
 CPU_MEMORY_BYTES = 8e9  # when the device is not in the table: what a run may use is then an assumption
-DEVICES_PER_NODE = 8
 BYTES_PER_TOKEN = 4.8  # of English web text at V = 32768 (nanochat's tokenizer report); measured shards replace it
 SHARD_BYTES = 250e6  # characters in one shard of nanochat's ClimbMix set, about 100 MB compressed
 EMBEDDING_SHARE_WARNING = 0.5  # embeddings above this share: the loss says little about larger models
 KEPT_BY_BEST_FIT = 0.65  # of the tokens of a web corpus at T = 2048; the rest is cut off and dropped (nanochat's log)
 MAX_SHRINK = 0.05  # of the weights, by decay alone, in one step at the peak rate: 20 steps then forget everything
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """Where a run is to take place, and at what price."""
-
-    device: str = "h100"
-    num_devices: int = 1
-    price_per_device_hour: float | None = None  # dollars
-    network_bytes_per_second: float = 1.25e10  # between nodes: 100 Gb/s Ethernet or one InfiniBand port
-    devices_per_node: int = DEVICES_PER_NODE
-    mfu: float | None = None
-    tokens_per_second: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_devices < 1:
-            raise ConfigError(f"num_devices {self.num_devices} must be at least 1")
-        if self.price_per_device_hour is not None and not 0 <= self.price_per_device_hour < float("inf"):
-            raise ConfigError(f"price {self.price_per_device_hour} must be 0 or more dollars a device and hour")
-
-    @property
-    def num_nodes(self) -> int:
-        return -(-self.num_devices // self.devices_per_node)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,26 +109,11 @@ def plan_config(
     records: Sequence[RunRecord] = (),
     bytes_per_token: float = BYTES_PER_TOKEN,
 ) -> LaunchPlan:
-    """The plan of a finished TrainConfig."""
-    model = config.model
-    counts, per_token = count_params(model), flops_per_token(model)
-    spec = find_device(target.device)
-    capacity = spec.memory_bytes if spec else CPU_MEMORY_BYTES
-    rows = config.rows_per_batch / target.num_devices
-    if rows != int(rows):
-        raise ConfigError(
-            f"a batch of {config.rows_per_batch} rows does not divide over {target.num_devices} devices; nearest batch_tokens: "
-            f"{max(1, round(rows)) * target.num_devices * model.sequence_len}"
-        )
-    micro = choose_micro_batch_rows(
-        model,
-        rows_per_device=int(rows),
-        memory_bytes=capacity,
-        compute_dtype=config.compute_dtype,
-        num_devices=target.num_devices,
-    )
+    """The plan of a finished TrainConfig. Raises ConfigError on a batch that does not divide or fits no card."""
+    counts, per_token = count_params(config.model), flops_per_token(config.model)
+    card = _card(config, target)
     speed = estimate_throughput(
-        model,
+        config.model,
         target.device,
         num_devices=target.num_devices,
         records=records,
@@ -159,20 +121,7 @@ def plan_config(
         tokens_per_second=target.tokens_per_second,
         precision="bf16" if config.fp8 == "off" else "fp8",
     )
-    memory = estimate_memory(
-        model,
-        micro_batch_rows=micro,
-        compute_dtype=config.compute_dtype,
-        num_devices=target.num_devices,
-        fixed_bytes=1.5e9 if spec else 0.3e9,
-    )
-    gradients = float(FP32 * counts.total)
-    network = all_reduce_seconds(gradients, num_nodes=target.num_nodes, bandwidth_bytes=target.network_bytes_per_second)
-    compute_seconds = config.batch_tokens / speed.tokens_per_second
-    step_seconds = compute_seconds + (0.0 if target.tokens_per_second is not None else network)
-    hours = step_seconds * config.num_steps / 3600
-    kept = KEPT_BY_BEST_FIT if config.data.packing == "best_fit" else 1.0
-    text_bytes = config.num_tokens * bytes_per_token / kept
+    time = _time(config, target, speed, float(FP32 * counts.total))
     prediction = predict(resolved.predictor, config)
     return LaunchPlan(
         config=config,
@@ -180,28 +129,67 @@ def plan_config(
         tokens_per_param=config.num_tokens / counts.scaling,
         flops_per_token=per_token,
         train_flops=float(per_token) * config.num_tokens,
-        micro_batch_rows=micro,
-        accumulation_steps=int(rows) // micro,
         target=target,
         throughput=speed,
-        hours=hours,
-        dollars=None if target.price_per_device_hour is None else hours * target.num_devices * target.price_per_device_hour,
-        memory=memory,
-        memory_bytes=capacity,
-        memory_known=spec is not None,
-        gradient_bytes=gradients,
-        all_reduce_seconds=network,
-        step_seconds=step_seconds,
-        checkpoint_bytes=memory.parameters + memory.optimizer * target.num_devices,
-        data_bytes=text_bytes,
-        data_shards=-(-int(text_bytes) // int(SHARD_BYTES)) + 1,  # and one for validation
         prediction=prediction,
-        token_bytes=config.num_tokens / kept * (2 if model.vocab_size <= 1 << 16 else 4),
         recipe=resolved.recipe.name,
         uses=resolved.uses,
         blocking=(*resolved.blocking, *_erasing_decay(config)),
-        warnings=tuple(_warnings(counts, speed, prediction, network, compute_seconds, config, records)),
+        warnings=tuple(_warnings(counts, speed, prediction, time, config)),
+        **card,
+        **time,
+        **_sizes(config, card["memory"], target, bytes_per_token),
     )
+
+
+def _card(config: TrainConfig, target: Target) -> dict[str, Any]:
+    """How a batch is spread over the devices, and what it takes of a card's memory."""
+    model, spec = config.model, find_device(target.device)
+    capacity = spec.memory_bytes if spec else CPU_MEMORY_BYTES
+    rows, rest = divmod(config.rows_per_batch, target.num_devices)
+    if rest:
+        nearest = max(1, round(config.rows_per_batch / target.num_devices)) * target.num_devices * model.sequence_len
+        raise ConfigError(
+            f"a batch of {config.rows_per_batch} rows does not divide over {target.num_devices} devices; "
+            f"nearest batch_tokens: {nearest}"
+        )
+    shared: dict[str, Any] = {"compute_dtype": config.compute_dtype, "num_devices": target.num_devices}
+    micro = choose_micro_batch_rows(model, rows_per_device=rows, memory_bytes=capacity, **shared)
+    return {
+        "micro_batch_rows": micro,
+        "accumulation_steps": rows // micro,
+        "memory": estimate_memory(model, micro_batch_rows=micro, fixed_bytes=1.5e9 if spec else 0.3e9, **shared),
+        "memory_bytes": capacity,
+        "memory_known": spec is not None,
+    }
+
+
+def _time(config: TrainConfig, target: Target, speed: Throughput, gradients: float) -> dict[str, Any]:
+    """Seconds of a step, with and for the network, hours and dollars. A measured speed has the network in it already."""
+    network = all_reduce_seconds(gradients, num_nodes=target.num_nodes, bandwidth_bytes=target.network_bytes_per_second)
+    added = 0.0 if target.tokens_per_second is not None else network
+    step_seconds = config.batch_tokens / speed.tokens_per_second + added
+    hours = step_seconds * config.num_steps / 3600
+    price = target.price_per_device_hour
+    return {
+        "gradient_bytes": gradients,
+        "all_reduce_seconds": network,
+        "step_seconds": step_seconds,
+        "hours": hours,
+        "dollars": None if price is None else hours * target.num_devices * price,
+    }
+
+
+def _sizes(config: TrainConfig, memory: MemoryEstimate, target: Target, bytes_per_token: float) -> dict[str, Any]:
+    """Bytes on disk: checkpoint, training text, token shards."""
+    kept = KEPT_BY_BEST_FIT if config.data.packing == "best_fit" else 1.0
+    text_bytes = config.num_tokens * bytes_per_token / kept
+    return {
+        "checkpoint_bytes": memory.parameters + memory.optimizer * target.num_devices,
+        "data_bytes": text_bytes,
+        "data_shards": -(-int(text_bytes) // int(SHARD_BYTES)) + 1,  # and one for validation
+        "token_bytes": config.num_tokens / kept * (2 if config.model.vocab_size <= 1 << 16 else 4),
+    }
 
 
 def predict(allocation: Mapping[str, Any] | None, config: TrainConfig) -> LossPrediction | None:
@@ -234,12 +222,11 @@ def _warnings(
     counts: ParamCounts,
     speed: Throughput,
     prediction: LossPrediction | None,
-    network: float,
-    compute_seconds: float,
+    time: Mapping[str, Any],
     config: TrainConfig,
-    records: Sequence[RunRecord],
 ) -> list[str]:
     lines = []
+    network, compute_seconds = time["all_reduce_seconds"], config.batch_tokens / speed.tokens_per_second
     if counts.embedding_share > EMBEDDING_SHARE_WARNING:
         lines.append(f"embeddings are {counts.embedding_share:.0%} of the parameters: this loss says little about larger models")
     if not speed.measured:

@@ -10,7 +10,7 @@ from nanochat_model.config import GPTConfig
 from nanochat_model.errors import ConfigError
 from nanochat_model.record import RunRecord
 from nanoladder.laws_to_recipe import best_model
-from nanoladder.plan import Target
+from nanoladder.target import Target
 from nanoladder.throughput import estimate_throughput
 
 MAX_DEPTH = 96

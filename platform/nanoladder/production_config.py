@@ -14,7 +14,7 @@ from nanochat_model.config import GPTConfig, Packing
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import from_dict
 from nanochat_model.overrides import dotted_keys
-from nanoladder.plan import Target
+from nanoladder.target import DeviceOptions
 
 DEMO_CONVERSATIONS = "demo"  # the project's own, made on the spot
 
@@ -67,25 +67,10 @@ class PretrainingStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceStage:
-    device: str = "h100"
-    num_devices: int = 8
-    devices_per_node: int = 8
-    price: float | None = None  # dollars a device and hour
-    network_gbits: float = 100.0
-    mfu: float | None = None
-    tokens_per_second: float | None = None
+class DeviceStage(DeviceOptions):
+    """As for `nanoladder plan`, with a whole node as the default."""
 
-    def target(self) -> Target:
-        return Target(
-            device=self.device,
-            num_devices=self.num_devices,
-            devices_per_node=self.devices_per_node,
-            price_per_device_hour=self.price,
-            network_bytes_per_second=self.network_gbits * 1e9 / 8,
-            mfu=self.mfu,
-            tokens_per_second=self.tokens_per_second,
-        )
+    num_devices: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from nanoladder import live_run
 from nanoladder.launch import LaunchOptions, launch
 from nanoladder.laws_to_recipe import recipe_from_laws
 from nanoladder.live_run import LiveRun, span, step_line
-from nanoladder.plan import LaunchPlan, Target, plan_config
+from nanoladder.plan import LaunchPlan, plan_config
+from nanoladder.target import Target
 from nanoladder.workspace import Workspace
 
 SUPPORT = str(Path(__file__).parents[1] / "support")

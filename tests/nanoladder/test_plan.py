@@ -16,9 +16,10 @@ from nanochat_model.memory import choose_micro_batch_rows, estimate_memory
 from nanochat_model.overrides import apply_overrides
 from nanochat_model.recipe import NANOCHAT
 from nanochat_model.record import RunRecord
-from nanoladder.plan import Target, make_plan
+from nanoladder.plan import make_plan
 from nanoladder.plan_backwards import Goal, solve_goal
 from nanoladder.recipes import find_recipe, recipe_of_run, write_recipe
+from nanoladder.target import Target
 from nanoladder.throughput import all_reduce_seconds, estimate_throughput, flops_mistake, mfu_mistake, mfu_of
 
 D24 = GPTConfig.from_depth(24, window_pattern="L")

@@ -13,10 +13,11 @@ from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import require_device
 from nanochat_model.horizon import Horizon
 from nanoladder.cli.common import Json, Overrides, Storage, parse_overrides, print_json
-from nanoladder.plan import BYTES_PER_TOKEN, LaunchPlan, Target, make_plan
+from nanoladder.plan import BYTES_PER_TOKEN, LaunchPlan, make_plan
 from nanoladder.plan_backwards import Goal, solve_goal
 from nanoladder.plan_text import plan_as_dict, print_plan
 from nanoladder.recipes import find_recipe
+from nanoladder.target import DeviceOptions
 from nanoladder.throughput import flops_mistake, mfu_mistake
 from nanoladder.workspace import Workspace
 
@@ -66,33 +67,6 @@ class GoalOptions:
     """With --depth: training tokens."""
     tokens_per_param: float | None = None
     """With --depth: training tokens per parameter (matrices + lm_head)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceOptions:
-    device: str = "h100"
-    """h100, h200, mi300x, mi325x, a100-40gb, a100-80gb, b200, or cpu."""
-    num_devices: int = 1
-    devices_per_node: int = 8
-    price: float | None = None
-    """Dollars a device and hour."""
-    network_gbits: float = 100.0
-    """Between nodes, gigabits a second."""
-    mfu: float | None = None
-    """Share of the peak to assume, 0 to 1."""
-    tokens_per_second: float | None = None
-    """Measured speed over all devices."""
-
-    def target(self) -> Target:
-        return Target(
-            device=self.device,
-            num_devices=self.num_devices,
-            devices_per_node=self.devices_per_node,
-            price_per_device_hour=self.price,
-            network_bytes_per_second=self.network_gbits * 1e9 / 8,
-            mfu=self.mfu,
-            tokens_per_second=self.tokens_per_second,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
