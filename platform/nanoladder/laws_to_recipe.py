@@ -27,7 +27,7 @@ class RuleUse:
     """Which law or rule a quantity comes from."""
 
     quantity: str
-    kind: str  # "law" or "rule"
+    kind: str  # "law", "rule", or "given" by the user
     source: str
     status: str
     blocking: str = ""  # why a launch must stop here; empty: it need not
@@ -45,6 +45,17 @@ class LawRecipe:
     @property
     def blocking(self) -> tuple[str, ...]:
         return tuple(use.blocking for use in self.uses if use.blocking)
+
+    def with_horizon(self, horizon: Horizon, *, depth_solved: bool) -> LawRecipe:
+        """The tokens come from a given horizon. `depth_solved`: the laws, or the ratio, still chose the size for it."""
+        name, value = next((k, v) for k, v in vars(horizon).items() if v is not None)
+        uses = []
+        for use in self.uses:
+            if use.quantity == "allocation":
+                source = f"{name} {value:.6g}" + (f"; depth by {use.source}" if depth_solved else "")
+                use = replace(use, kind="given", source=source)
+            uses.append(use)
+        return replace(self, uses=tuple(uses))
 
     def use(self, quantity: str) -> RuleUse:
         return next(use for use in self.uses if use.quantity == quantity)

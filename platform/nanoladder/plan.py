@@ -87,15 +87,19 @@ def make_plan(
     seed: int = 0,
     accept: Collection[str] = (),
     without: Collection[str] = (),
+    depth_solved: bool = False,
 ) -> LaunchPlan:
     """The plan of one run of `model`.
 
     The horizon is the given one, else the compute-optimal tokens of a good allocation law, else the recipe's ratio.
+    `depth_solved`: the model was chosen for this horizon (`solve_goal`), which the plan then says.
     Raises ConfigError on what a user can mend: an unknown law or override, a row that fits no card, an MFU over 100%.
     """
     target = target or Target()
     resolved = recipe_from_laws(laws, recipe, accept=accept, without=without)
-    if horizon is None and resolved.allocation is not None:
+    if horizon is not None:
+        resolved = resolved.with_horizon(horizon, depth_solved=depth_solved)
+    elif resolved.allocation is not None:
         horizon = optimal_horizon(resolved.allocation, model)
     config = resolved.recipe.resolve(model, horizon, data=data, seed=seed, overrides=overrides)
     return plan_config(config, resolved=resolved, target=target, records=records, bytes_per_token=bytes_per_token)
@@ -112,16 +116,7 @@ def plan_config(
     """The plan of a finished TrainConfig. Raises ConfigError on a batch that does not divide or fits no card."""
     counts, per_token = count_params(config.model), flops_per_token(config.model)
     card = _card(config, target)
-    speed = estimate_throughput(
-        config.model,
-        target.device,
-        num_devices=target.num_devices,
-        records=records,
-        mfu=target.mfu,
-        tokens_per_second=target.tokens_per_second,
-        precision="bf16" if config.fp8 == "off" else "fp8",
-    )
-    time = _time(config, target, speed, float(FP32 * counts.total))
+    speed, time = run_time(config, target, records)
     prediction = predict(resolved.predictor, config)
     return LaunchPlan(
         config=config,
@@ -164,14 +159,25 @@ def _card(config: TrainConfig, target: Target) -> dict[str, Any]:
     }
 
 
-def _time(config: TrainConfig, target: Target, speed: Throughput, gradients: float) -> dict[str, Any]:
-    """Seconds of a step, with and for the network, hours and dollars. A measured speed has the network in it already."""
+def run_time(config: TrainConfig, target: Target, records: Sequence[RunRecord] = ()) -> tuple[Throughput, dict[str, Any]]:
+    """Speed of the devices; seconds of a step, with and for the network, hours and dollars (fields of LaunchPlan). A speed
+    measured over all devices has the network in it already."""
+    speed = estimate_throughput(
+        config.model,
+        target.device,
+        num_devices=target.num_devices,
+        records=records,
+        mfu=target.mfu,
+        tokens_per_second=target.tokens_per_second,
+        precision="bf16" if config.fp8 == "off" else "fp8",
+    )
+    gradients = float(FP32 * count_params(config.model).total)
     network = all_reduce_seconds(gradients, num_nodes=target.num_nodes, bandwidth_bytes=target.network_bytes_per_second)
     added = 0.0 if target.tokens_per_second is not None else network
     step_seconds = config.batch_tokens / speed.tokens_per_second + added
     hours = step_seconds * config.num_steps / 3600
     price = target.price_per_device_hour
-    return {
+    return speed, {
         "gradient_bytes": gradients,
         "all_reduce_seconds": network,
         "step_seconds": step_seconds,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_model.config import GPTConfig
+from nanochat_model.config import DataConfig, GPTConfig
 from nanochat_model.errors import ConfigError
+from nanochat_model.horizon import Horizon
 from nanochat_model.record import RunRecord
-from nanoladder.laws_to_recipe import best_model
+from nanoladder.laws_to_recipe import LawRecipe, best_model
+from nanoladder.plan import run_time
 from nanoladder.target import Target
-from nanoladder.throughput import estimate_throughput
 
 MAX_DEPTH = 96
-FLOPS_GUESS_ROUNDS = 8
+FLOPS_GUESS, MIN_FLOPS = 1e18, 1e9  # where the search for a budget's FLOPs begins, and where it gives up
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,46 +43,60 @@ def solve_goal(
     goal: Goal,
     *,
     target: Target,
-    allocation: Mapping[str, Any] | None,
-    tokens_per_param: float,
+    resolved: LawRecipe,
     model_args: Mapping[str, Any],
     records: Sequence[RunRecord] = (),
+    data: DataConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> tuple[GPTConfig, float]:
-    """The model and the training FLOPs that meet `goal` on `target`.
-
-    Speed depends on the model and the model on the FLOPs, so hours and dollars are solved by iteration (a few rounds: MFU
-    moves slowly with size). Raises ConfigError when dollars come without a price, or a loss cannot be reached.
+    """The model and the training FLOPs that meet `goal` on `target`; hours and dollars are met from below, the network's
+    share of each step included. Raises ConfigError when dollars come without a price, a loss cannot be reached, or a budget
+    does not pay for one step.
     """
+    candidates = [GPTConfig.from_depth(depth, **model_args) for depth in range(1, MAX_DEPTH + 1)]
+    recipe = resolved.recipe
 
     def model_for(flops: float) -> GPTConfig:
-        depths = (GPTConfig.from_depth(depth, **model_args) for depth in range(1, MAX_DEPTH + 1))
-        return best_model(flops, depths, allocation=allocation, tokens_per_param=tokens_per_param)
+        return best_model(flops, candidates, allocation=resolved.allocation, tokens_per_param=recipe.tokens_per_param)
+
+    def hours_of(flops: float) -> float:
+        config = recipe.resolve(model_for(flops), Horizon(train_flops=flops), data=data, overrides=overrides)
+        return float(run_time(config, target, records)[1]["hours"])
 
     if goal.flops is not None:
-        return model_for(goal.flops), goal.flops
-    if goal.target_bpb is not None:
-        flops = _flops_for_loss(goal.target_bpb, allocation)
-        return model_for(flops), flops
-    hours = goal.budget_hours
-    if hours is None:
-        assert goal.budget_dollars is not None
-        if not target.price_per_device_hour:
-            raise ConfigError(f"budget_dollars {goal.budget_dollars:g} needs a price; give --price (dollars a device and hour)")
-        hours = goal.budget_dollars / target.price_per_device_hour / target.num_devices
-    model = GPTConfig.from_depth(12, **model_args)
-    flops = 0.0
-    for _ in range(FLOPS_GUESS_ROUNDS):
-        speed = estimate_throughput(
-            model,
-            target.device,
-            num_devices=target.num_devices,
-            records=records,
-            mfu=target.mfu,
-            tokens_per_second=target.tokens_per_second,
-        )
-        flops = speed.flops_per_second * hours * 3600
-        model = model_for(flops)
-    return model, flops
+        flops = goal.flops
+    elif goal.target_bpb is not None:
+        flops = _flops_for_loss(goal.target_bpb, resolved.allocation)
+    else:
+        flops = _flops_for_hours(_hours(goal, target), hours_of)
+    return model_for(flops), flops
+
+
+def _hours(goal: Goal, target: Target) -> float:
+    """Hours that the goal's budget pays for."""
+    if goal.budget_hours is not None:
+        return goal.budget_hours
+    assert goal.budget_dollars is not None
+    if not target.price_per_device_hour:
+        raise ConfigError(f"budget_dollars {goal.budget_dollars:g} needs a price; give --price (dollars a device and hour)")
+    return goal.budget_dollars / target.price_per_device_hour / target.num_devices
+
+
+def _flops_for_hours(hours: float, hours_of: Callable[[float], float]) -> float:
+    """The most FLOPs whose run takes `hours` at most, by doubling and bisection: time rises with FLOPs, but not evenly, since
+    sizes and batches come in steps."""
+    low = FLOPS_GUESS
+    while hours_of(low) > hours:
+        low /= 2
+        if low < MIN_FLOPS:
+            raise ConfigError(f"a budget of {hours:.3g} h does not pay for one step here; ask for more, or for fewer devices")
+    high = 2 * low
+    while hours_of(high) <= hours:
+        low, high = high, 2 * high
+    while high / low > 1 + TOLERANCE:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if hours_of(middle) <= hours else (low, middle)
+    return low
 
 
 def _flops_for_loss(target_bpb: float, allocation: Mapping[str, Any] | None) -> float:

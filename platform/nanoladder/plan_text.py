@@ -14,7 +14,7 @@ Section = tuple[str, list[tuple[str, str]]]
 def plan_sections(plan: LaunchPlan) -> list[Section]:
     """(title, [(name, value)]) in the order of the questions people ask."""
     c, p = plan.config, plan.params
-    uses = {u.quantity: f"{u.kind} ({u.status}): {u.source}" for u in plan.uses}
+    uses = {u.quantity: f"{u.kind}{'' if u.kind == 'given' else f' ({u.status})'}: {u.source}" for u in plan.uses}
     return [
         (
             "Model",

@@ -24,6 +24,10 @@ class Target:
     def __post_init__(self) -> None:
         if self.num_devices < 1:
             raise ConfigError(f"num_devices {self.num_devices} must be at least 1")
+        if self.devices_per_node < 1:
+            raise ConfigError(f"devices_per_node {self.devices_per_node} must be at least 1")
+        if not self.network_bytes_per_second > 0:
+            raise ConfigError(f"network of {self.network_bytes_per_second * 8 / 1e9:g} Gb/s must be over 0")
         if self.price_per_device_hour is not None and not 0 <= self.price_per_device_hour < float("inf"):
             raise ConfigError(f"price {self.price_per_device_hour} must be 0 or more dollars a device and hour")
 
@@ -50,7 +54,7 @@ class DeviceOptions:
     """Measured speed over all devices."""
 
     def target(self) -> Target:
-        """Raises ConfigError on fewer than one device or a negative price."""
+        """Raises ConfigError on fewer than one device, a negative price or a network without speed."""
         return Target(
             device=self.device,
             num_devices=self.num_devices,

@@ -91,6 +91,8 @@ def test_count_json(capsys) -> None:
         (["plan", "--depth", "12", "--num-devices", "3"], "does not divide over 3 devices"),
         (["plan", "--depth", "12", "--device", "tpu", "--mfu", "0.4"], "needs a known peak"),
         (["plan", "--depth", "12", "--budget-hours", "4"], "both fix the size"),
+        (["plan", "--depth", "12", "--network-gbits", "0"], "network of 0 Gb/s must be over 0"),
+        (["plan", "--depth", "12", "--devices-per-node", "0"], "devices_per_node 0 must be at least 1"),
         (["plan"], "0 goals are given (none); give exactly one of --flops"),
         (["plan", "--target-bpb", "0.7"], "needs fitted laws"),
         (["plan", "--depth", "12", "--without-law", "gravity"], "law 'gravity' is unknown"),

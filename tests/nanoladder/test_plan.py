@@ -16,6 +16,7 @@ from nanochat_model.memory import choose_micro_batch_rows, estimate_memory
 from nanochat_model.overrides import apply_overrides
 from nanochat_model.recipe import NANOCHAT
 from nanochat_model.record import RunRecord
+from nanoladder.laws_to_recipe import recipe_from_laws
 from nanoladder.plan import make_plan
 from nanoladder.plan_backwards import Goal, solve_goal
 from nanoladder.recipes import find_recipe, recipe_of_run, write_recipe
@@ -23,6 +24,7 @@ from nanoladder.target import Target
 from nanoladder.throughput import all_reduce_seconds, estimate_throughput, flops_mistake, mfu_mistake, mfu_of
 
 D24 = GPTConfig.from_depth(24, window_pattern="L")
+NO_LAWS = recipe_from_laws(None, NANOCHAT)
 MI300X_RUN = Target(device="mi300x", tokens_per_second=68_000)  # nanochat d24, SDPA, window L, device batch 32
 
 
@@ -133,7 +135,7 @@ def test_every_value_names_its_rule() -> None:
 
 def solve(**goal: float):
     target = Target(device="h100", num_devices=8, price_per_device_hour=3.0)
-    return solve_goal(Goal(**goal), target=target, allocation=None, tokens_per_param=NANOCHAT.tokens_per_param, model_args={})
+    return solve_goal(Goal(**goal), target=target, resolved=NO_LAWS, model_args={})
 
 
 def test_backwards_from_flops_hours_and_dollars() -> None:
@@ -146,11 +148,33 @@ def test_backwards_from_flops_hours_and_dollars() -> None:
     assert by_dollars == by_hours and math.isclose(flops_by_dollars, flops_by_hours)
 
 
+@pytest.mark.parametrize("goal", [{"budget_hours": 4.0}, {"budget_dollars": 300.0}])
+def test_a_budget_pays_for_the_network_too(goal: dict[str, float]) -> None:
+    """Four nodes on slow Ethernet, where averaging gradients takes longer than computing them."""
+    target = Target(device="h100", num_devices=32, price_per_device_hour=3.0, network_bytes_per_second=1.25e9)
+    model, flops = solve_goal(Goal(**goal), target=target, resolved=NO_LAWS, model_args={})
+    plan = make_plan(model, horizon=Horizon(train_flops=flops), target=target, depth_solved=True)
+    assert plan.all_reduce_seconds > 0.5 * plan.step_seconds
+    assert plan.dollars is not None
+    spent, budget = (plan.hours, 4.0) if "budget_hours" in goal else (plan.dollars, 300.0)
+    assert 0.9 * budget < spent <= budget
+    with pytest.raises(ConfigError, match="does not pay for one step"):
+        solve_goal(Goal(budget_hours=1e-6), target=target, resolved=NO_LAWS, model_args={})
+
+
+def test_a_given_horizon_is_named_as_such() -> None:
+    given = make_plan(D24, horizon=Horizon(tokens_per_param=20))
+    assert [(u.kind, u.source) for u in given.uses if u.quantity == "allocation"] == [("given", "tokens_per_param 20")]
+    solved = make_plan(D24, horizon=Horizon(train_flops=4e19), depth_solved=True)
+    source = next(u.source for u in solved.uses if u.quantity == "allocation")
+    assert source == "train_flops 4e+19; depth by 12 tokens per parameter, recipe nanochat"
+
+
 def test_backwards_needs_what_it_needs() -> None:
     with pytest.raises(ConfigError, match="needs fitted laws"):
         solve(target_bpb=0.72)
     with pytest.raises(ConfigError, match="needs a price"):
-        solve_goal(Goal(budget_dollars=100), target=Target(), allocation=None, tokens_per_param=12, model_args={})
+        solve_goal(Goal(budget_dollars=100), target=Target(), resolved=NO_LAWS, model_args={})
     with pytest.raises(ConfigError, match="2 goals are given"):
         Goal(flops=1e19, budget_hours=3)
 

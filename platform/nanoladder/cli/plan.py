@@ -151,10 +151,11 @@ class Plan:
             model, flops = solve_goal(
                 self.goal_of(),
                 target=target,
-                allocation=resolved.allocation,
-                tokens_per_param=resolved.recipe.tokens_per_param,
+                resolved=resolved,
                 model_args=shape,
                 records=records,
+                data=data,
+                overrides=overrides,
             )
             horizon = Horizon(train_flops=flops)
         return make_plan(
@@ -169,6 +170,7 @@ class Plan:
             overrides=overrides,
             accept=self.accept_law,
             without=self.without_law,
+            depth_solved=self.model.depth is None,
         )
 
     def horizon(self) -> Horizon | None:
