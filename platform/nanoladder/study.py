@@ -20,13 +20,13 @@ import optuna
 import sqlalchemy
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import qmc
 
 from nanochat_model.config import DataConfig
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import content_hash, run_id
 from nanochat_model.record import CurvePoint
-from nanoladder.cells import VARIANT, candidate_values, resolve_config
+from nanoladder.candidates import fixed_candidates, num_awaited
+from nanoladder.cells import VARIANT, resolve_config
 from nanoladder.space import Choice, Dimension, Grid, LogUniform, Space, Times, Uniform, Value, When, is_active, plain
 from nanoladder.study_writes import finish_trial
 from nanoladder.sweep import ADAPTIVE, Cell, Sweep
@@ -120,7 +120,7 @@ class CellStudy:
         self.space: Space = {VARIANT: Choice(sweep.variants)} if sweep.variants else sweep.space_of(cell)
         self.sampler = sweep.sampler_of(cell)
         self.name = study_name(sweep, cell, data)
-        self._fixed = _fixed_candidates(sweep, cell, self.space, self.sampler, self.name)
+        self._fixed = fixed_candidates(sweep, cell, self.space, self.sampler, self.name)
         _check_sampler(self.sampler, self.space, sweep.name)
         self._study = optuna.create_study(
             study_name=self.name, storage=storage, directions=sweep.directions, load_if_exists=True, sampler=self._make_sampler(0)
@@ -187,9 +187,7 @@ class CellStudy:
         return values
 
     def _may_ask(self, number: int) -> bool:
-        if self.sampler not in ADAPTIVE:
-            return True
-        seen = self.candidates[: max(0, number - self.sweep.parallel_trials + 1)]
+        seen = self.candidates[: num_awaited(self.sampler, number, self.sweep.parallel_trials)]
         if any(c.outcome is None for c in seen):
             return False
         for candidate in seen:
@@ -212,6 +210,11 @@ class CellStudy:
         elif self.exhausted and all(c.outcome for c in self.candidates):
             for c in self.candidates:
                 self._tell(c)
+
+    def release(self) -> None:
+        """A command ends: what it leaves unfinished waits for the next one, in Optuna too, where RUNNING would stay for ever."""
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
     def extend(self, values: Sequence[Mapping[str, Value]]) -> None:
         """Add candidates to a grid."""
@@ -276,7 +279,7 @@ class CellStudy:
             number = len(self.candidates)
             if self._fixed is not None and number >= len(self._fixed):
                 self._fixed.append(_like_grid(self.space, trial.params))  # of an extension of the grid
-            if trial.state == TrialState.WAITING:  # queued by hand, with a dashboard
+            if trial.state == TrialState.WAITING:  # left by an earlier command, or queued by hand with a dashboard
                 self._study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
             finished = trial.state.is_finished()
             candidate = Candidate(
@@ -333,43 +336,6 @@ def _check_sampler(sampler: str, space: Space, sweep: str) -> None:
     ranges = [k for k, d in space.items() if not isinstance(d, Choice | When)]
     if sampler == "cmaes" and (len(ranges) < 2 or len(ranges) != len(space)):
         raise ConfigError(f"sweep {sweep}: sampler cmaes needs a space of two or more numbers, no Choice and no When; use tpe")
-
-
-def _fixed_candidates(sweep: Sweep, cell: Cell, space: Space, sampler: str, study: str) -> list[dict[str, Value]] | None:
-    """The candidates that are known beforehand: grids, and the points of qmc and random (a longer list begins with the
-    shorter one). None for samplers that learn."""
-    if sampler in ADAPTIVE:
-        return None
-    if sampler == "grid":
-        candidates = candidate_values(sweep, cell)
-        return candidates[: sweep.num_trials] if sweep.num_trials else candidates
-    seed = int(content_hash(study)[:8], 16)
-    if sampler == "qmc":  # scrambled Sobol points, drawn to the next power of two, where they are balanced
-        engine = qmc.Sobol(d=len(space), scramble=True, rng=np.random.default_rng(seed))
-        unit = engine.random_base2(max(1, math.ceil(math.log2(sweep.num_trials))))[: sweep.num_trials]
-    else:
-        unit = np.random.default_rng(seed).random((sweep.num_trials, len(space)))
-    return [_point(space, row) for row in unit]
-
-
-def _point(space: Space, row: Sequence[float]) -> dict[str, Value]:
-    values: dict[str, Value] = {}
-    for (key, dimension), u in zip(space.items(), row, strict=True):
-        if is_active(dimension, values):
-            values[key] = _from_unit(plain(dimension), float(u))
-    return values
-
-
-def _from_unit(dimension: Dimension, u: float) -> Value:
-    """The value at quantile `u` (0..1) of a dimension."""
-    if isinstance(dimension, Grid):
-        return dimension.values[min(int(u * len(dimension.values)), len(dimension.values) - 1)]
-    if isinstance(dimension, Choice):
-        return dimension.options[min(int(u * len(dimension.options)), len(dimension.options) - 1)]
-    if isinstance(dimension, LogUniform):
-        return math.exp(math.log(dimension.low) + u * (math.log(dimension.high) - math.log(dimension.low)))
-    assert isinstance(dimension, Uniform), dimension  # a When is resolved to its dimension before
-    return dimension.low + u * (dimension.high - dimension.low)
 
 
 def _distribution(dimension: Dimension, values: Sequence[Value]) -> BaseDistribution:

@@ -74,13 +74,21 @@ class Driver:
         open_runs = {n["pid"]: None for n in notes(self.root, "start") if (n["pid"], n["run_id"]) not in over}
         return [pid for pid in open_runs if is_alive(pid)]
 
+    def trainers(self) -> list[int]:
+        """Living processes that have trained anything."""
+        return [pid for pid in {n["pid"] for n in notes(self.root, "start")} if is_alive(pid)]
+
+    def states(self) -> list[str]:
+        """What Optuna holds of each trial."""
+        study = optuna.load_study(study_name=None, storage=Workspace(self.root).optuna_uri)  # there is only one
+        return [t.state.name for t in study.trials]
+
     def check_it_ended_well(self) -> list[RunRecord]:
         """The records of an undisturbed sweep: each once, none failed, and Optuna agrees."""
         records = [RunRecord.load(p) for p in (self.root / "runs").glob("*/record.json")]
         assert {r.run_id for r in records} == self.expected and len(records) == len(self.expected)
         assert {r.status for r in records} == {"complete"}
-        study = optuna.load_study(study_name=None, storage=Workspace(self.root).optuna_uri)  # there is only one
-        assert [t.state.name for t in study.trials] == ["COMPLETE"] * len(self.expected)
+        assert self.states() == ["COMPLETE"] * len(self.expected)
         return records
 
 
