@@ -17,7 +17,8 @@ from nanoladder.pool import trial_flops
 from nanoladder.space import format_values
 from nanoladder.sweep import Sweep
 from nanoladder.terminal import format_seconds
-from nanoladder.throughput import SECONDS_PER_HOUR, estimate_throughput
+from nanoladder.throughput import SECONDS_PER_HOUR
+from nanoladder.trial_needs import trial_seconds, trial_speed
 
 CPU_MICRO_BATCH_TOKENS = 4096  # what a CPU likes best (a measured range; the model's own choice has the last word)
 
@@ -78,7 +79,7 @@ def plan_sweep(
     source = ""
     for group in _grouped(planned_trials(sweep, data)):
         trial = group[0]
-        speed = estimate_throughput(trial.config.model, device, num_devices=sweep.devices_per_trial, records=records)
+        speed = trial_speed(sweep, trial, device, records)
         source = speed.source
         rows, memory = _memory(sweep, trial, device)
         ids = list(dict.fromkeys(t.run_id for t in group))
@@ -98,7 +99,7 @@ def plan_sweep(
                 weight_decay=trial.config.optimizer.weight_decay,
                 memory_bytes=memory,
                 micro_batch_rows=rows,
-                hours=trial.config.num_tokens / speed.tokens_per_second / SECONDS_PER_HOUR * sweep.trials_per_device,
+                hours=trial_seconds(sweep, trial, speed) / SECONDS_PER_HOUR,
                 recorded=sum(i in recorded for i in ids),
                 run_ids=ids,
             )

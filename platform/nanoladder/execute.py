@@ -28,14 +28,11 @@ from nanoladder.stopping import StopWatch, SweepStopped
 from nanoladder.study import CellStudy, open_storage
 from nanoladder.sweep import Sweep
 from nanoladder.sweep_index import IndexWriter
-from nanoladder.throughput import estimate_throughput
+from nanoladder.trial_needs import choose_backend, total_need, trial_seconds, trial_speed, with_checkpoints, worker_resources
 from nanoladder.trial_spec import PRETRAIN, TrialSpec
 from nanoladder.watchdog import CLUSTER_WAIT_SECONDS, LOCAL_WAIT_SECONDS, PLACEMENT_ENV, check_fits
 from nanoladder.workspace import Workspace, read_records
 
-ACTOR_SECONDS = 600.0  # longer trials go through Ray Train: its start-up of 15 s no longer counts, its recovery does
-CHECKPOINT_SECONDS = 120.0  # shorter trials write no checkpoints: training them again costs less
-CHECKPOINT_EVERY_SECONDS = 300.0
 SPEED_RECORDS = 50  # newest records that tell this device's speed
 
 
@@ -226,7 +223,7 @@ class SpecMaker:
             stage=trial.stage,
             tags=trial_tags(trial),
             attempts=attempt,
-            backend=self._backend(sweep, seconds),
+            backend=choose_backend(sweep, seconds),
             num_workers=sweep.devices_per_trial,
             resources_per_worker=self._resources(sweep),
             train_function=TRAIN_FUNCTION if isinstance(sweep.recipe, SFTRecipe) else self._train_function,
@@ -238,7 +235,7 @@ class SpecMaker:
         )
 
     def sweep_need(self, sweep: Sweep) -> dict[str, float]:
-        return {k: v * sweep.devices_per_trial for k, v in self._resources(sweep).items()}
+        return total_need(self._resources(sweep), sweep.devices_per_trial)
 
     def probe(self, sweep: Sweep, wait_seconds: float) -> None:
         """Where trials share an accelerator: make sure that they fit. Raises ConfigError."""
@@ -250,20 +247,11 @@ class SpecMaker:
         return self._has_gpu and sweep.device != "cpu"
 
     def _resources(self, sweep: Sweep) -> dict[str, float]:
-        resources = {"CPU": float(sweep.threads_per_trial)}
-        if self._uses_gpu(sweep):
-            resources["GPU"] = 1.0 / sweep.trials_per_device
-        return resources
+        return worker_resources(sweep, uses_gpu=self._uses_gpu(sweep))
 
     def _seconds(self, sweep: Sweep, trial: Trial) -> float:
         device = sweep.device or ("h100" if self._uses_gpu(sweep) else "cpu")
-        speed = estimate_throughput(trial.config.model, device, num_devices=sweep.devices_per_trial, records=self._records)
-        return trial.config.num_tokens / speed.tokens_per_second * sweep.trials_per_device
-
-    def _backend(self, sweep: Sweep, seconds: float) -> Any:
-        if sweep.backend != "auto":
-            return sweep.backend
-        return "actor" if sweep.devices_per_trial == 1 and seconds < ACTOR_SECONDS else "train"
+        return trial_seconds(sweep, trial, trial_speed(sweep, trial, device, self._records))
 
     def _runtime(self, sweep: Sweep, seconds: float) -> RuntimeConfig:
         runtime = sweep.runtime
@@ -271,12 +259,7 @@ class SpecMaker:
             runtime = replace(runtime, device="cpu", num_threads=runtime.num_threads or sweep.threads_per_trial)
         elif sweep.trials_per_device > 1:
             runtime = share_runtime(sweep, replace(runtime, micro_batch_rows=self._fitting_rows[sweep.name]))
-        asked = runtime.keep_last == 0 or runtime.keep_steps or runtime.checkpoint_every_steps or runtime.checkpoint_every_seconds
-        if asked or sweep.keep_checkpoints:
-            return runtime
-        if seconds < CHECKPOINT_SECONDS:
-            return replace(runtime, keep_last=0)
-        return replace(runtime, keep_last=1, checkpoint_every_seconds=CHECKPOINT_EVERY_SECONDS)
+        return with_checkpoints(sweep, runtime, seconds)
 
 
 def recent_records(workspace: Workspace) -> list[RunRecord]:

@@ -6,24 +6,72 @@ trained once. A failed run is tried once more, in this command or the next, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 from nanochat_model.config import DataConfig
 from nanochat_model.counts import flops_per_token
-from nanochat_model.record import RunRecord
+from nanochat_model.record import CurvePoint, RunRecord
 from nanoladder.cells import Trial, make_trial, resolve_config
+from nanoladder.space import Dimension, LogUniform, Uniform, Value
 from nanoladder.stopping import is_paused
-from nanoladder.study import Candidate, CellStudy, Outcome
+from nanoladder.study import Candidate, Outcome
 from nanoladder.sweep import Cell, Sweep
 
 MAX_ATTEMPTS = 2  # of a run within one command
 LISTED_TAGS = ("purpose", "sweeps")  # what several sweeps say of one record, comma-separated
 
+MakeTrial = Callable[[Sweep, Cell, int, Mapping[str, Value], int, DataConfig | None], Trial]
 Extender = Callable[["CellWork"], None]  # gives the study of a cell whose candidates are done further ones, where it needs them
+
+
+class Study(Protocol):
+    """What a pool asks of the study of a cell (`CellStudy`; in a simulation, candidates without Optuna)."""
+
+    candidates: list[Candidate]
+
+    @property
+    def space(self) -> Mapping[str, Dimension]: ...
+
+    @property
+    def total(self) -> int: ...
+
+    @property
+    def exhausted(self) -> bool: ...
+
+    def next_candidate(self) -> Candidate | None: ...
+
+    def finish(
+        self, number: int, outcome: Outcome, values: Sequence[float] | None, curve: Sequence[CurvePoint] = (), **attrs: Any
+    ) -> None: ...
+
+    def extend(self, values: Sequence[Mapping[str, Value]]) -> None: ...
+
+    def widen(self, ranges: Mapping[str, Uniform | LogUniform], more_trials: int) -> None: ...
+
+
+class Records(Protocol):
+    """Where a pool finds and leaves records."""
+
+    def load(self, run_id: str) -> RunRecord | None: ...
+
+    def save(self, record: RunRecord) -> None: ...
+
+
+class RecordFiles:
+    """Records in the folders of their runs."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self._runs_dir = runs_dir
+
+    def load(self, run_id: str) -> RunRecord | None:
+        return load_record(self._runs_dir / run_id)
+
+    def save(self, record: RunRecord) -> None:
+        record.save(self._runs_dir / record.run_id)
 
 
 @dataclass
@@ -32,7 +80,7 @@ class CellWork:
 
     sweep: Sweep
     cell: Cell
-    study: CellStudy
+    study: Study
     data: DataConfig | None
     flops_per_trial: float  # of its baseline
     records: dict[int, dict[int, RunRecord]] = field(default_factory=dict)  # candidate -> seed -> record
@@ -60,13 +108,15 @@ class Pool:
     def __init__(
         self,
         works: Sequence[CellWork],
-        runs_dir: Path,
+        runs: Path | Records,
         *,
         on_record: Callable[[Trial, RunRecord, bool], None] | None = None,
         extend: Extender | None = None,
+        make: MakeTrial = make_trial,
     ) -> None:
         self._works = sorted(works, key=lambda w: -w.flops_per_trial)  # the longest first: no long tail on one device
-        self._runs_dir = runs_dir
+        self._records: Records = RecordFiles(runs) if isinstance(runs, Path) else runs
+        self._make = make
         self._on_record = on_record or (lambda trial, record, new: None)
         self._extend = extend
         self._ready: dict[str, _Run] = {}
@@ -134,7 +184,7 @@ class Pool:
 
     def _open(self, work: CellWork, candidate: Candidate) -> None:
         trials = [
-            make_trial(work.sweep, work.cell, candidate.number, candidate.values, seed, work.data) for seed in work.sweep.seeds
+            self._make(work.sweep, work.cell, candidate.number, candidate.values, seed, work.data) for seed in work.sweep.seeds
         ]
         for trial in trials:
             self._admit(work, trial)
@@ -144,7 +194,7 @@ class Pool:
         if running is not None:
             running.waiting.append((work, trial))
             return
-        record = load_record(self._runs_dir / trial.run_id)
+        record = self._records.load(trial.run_id)
         if record is not None and record.status != "failed" and not is_paused(record):
             self._resolve(work, trial, self._share(record, trial), new=False)
             return
@@ -187,7 +237,7 @@ class Pool:
         if tags == record.tags:
             return record
         record = replace(record, tags=tags)
-        record.save(self._runs_dir / trial.run_id)
+        self._records.save(record)
         return record
 
 
@@ -243,7 +293,7 @@ def trial_flops(trial: Trial) -> float:
 
 
 def make_works(
-    sweep: Sweep, studies: Callable[[Sweep, Cell, DataConfig | None], CellStudy], data: DataConfig | None
+    sweep: Sweep, studies: Callable[[Sweep, Cell, DataConfig | None], Study], data: DataConfig | None
 ) -> list[CellWork]:
     """The cells of a sweep with their studies; `data` says which shards (None: unknown yet, for planning)."""
     works = []

@@ -24,10 +24,12 @@ from nanochat_model.record import RunRecord
 from nanoladder.actor_backend import SPEC, TrialActor
 from nanoladder.cells import Trial
 from nanoladder.failed_record import failed_record
+from nanoladder.handout import Room
 from nanoladder.listen import Listener
 from nanoladder.pool import Pool
 from nanoladder.stopping import PAUSED, StopRequest, StopWatch, is_paused
 from nanoladder.storage import find_record
+from nanoladder.trial_needs import total_need
 from nanoladder.trial_spec import STOP_FILE, TrialSpec
 from nanoladder.watchdog import PlacementWatch
 
@@ -46,8 +48,7 @@ class Assignment:
 
 
 class Scheduler:
-    """Between Tune and the pool. Runs are given out only while the cluster has room for all their workers, so that several
-    trials of several devices never wait for each other half placed."""
+    """Between Tune and the pool. Runs are given out only while the cluster has room for all their workers."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class Scheduler:
         stop: StopWatch | None = None,
     ) -> None:
         self._pool, self._make_spec, self._listener = pool, make_spec, listener
-        self._capacity, self._max_concurrent = capacity, max_concurrent
+        self._capacity, self._room = capacity, Room(max_concurrent)
         self._placement_seconds = placement_seconds
         self._stop = stop
         self.stopping: StopRequest | None = None
@@ -73,7 +74,7 @@ class Scheduler:
     def suggest(self, tune_id: str) -> dict[str, Any] | str | None:
         if self.fatal is not None or self.stopping is not None:
             return Searcher.FINISHED
-        if self._max_concurrent is not None and len(self.assigned) >= self._max_concurrent:
+        if self._room.full:
             return None
         try:
             trial = self._held or self._pool.next()
@@ -83,27 +84,27 @@ class Scheduler:
         if trial is None:
             return Searcher.FINISHED if self._pool.done else None
         spec = self._make_spec(trial, self._pool.attempts(trial.run_id))
-        need = {k: v * spec.num_workers for k, v in spec.resources_per_worker.items()}
-        if not self._has_room(need):
+        need = total_need(spec.resources_per_worker, spec.num_workers)
+        if not self._room.fits(need, self._capacity() if self._capacity is not None else None):
             self._held = trial
             return None
         self._held = None
         (Path(spec.run_dir) / STOP_FILE).unlink(missing_ok=True)  # a request that came too late for an earlier attempt
+        self._room.take(need)
         self.assigned[tune_id] = Assignment(trial=trial, spec=spec, need=need)
         return {SPEC: spec.to_json()}
-
-    def _has_room(self, need: Mapping[str, float]) -> bool:
-        if self._capacity is None or not self.assigned:
-            return True
-        have = self._capacity()
-        used = {k: sum(a.need.get(k, 0.0) for a in self.assigned.values()) for k in need}
-        return all(used[k] + need[k] <= have.get(k, 0.0) + 1e-6 for k in need)
 
     def started(self, tune_id: str) -> None:
         assignment = self.assigned[tune_id]
         assignment.started = True
         self._watch = None
         self._listener.on_start(assignment.trial, assignment.spec.attempts)
+
+    def _take_back(self, tune_id: str) -> Assignment | None:
+        assignment = self.assigned.pop(tune_id, None)
+        if assignment is not None:
+            self._room.give_back(assignment.need)
+        return assignment
 
     def result(self, tune_id: str, result: Mapping[str, Any]) -> None:
         assignment = self.assigned.get(tune_id)
@@ -114,7 +115,7 @@ class Scheduler:
 
     def complete(self, tune_id: str, result: Mapping[str, Any]) -> None:
         """A trial ended as Tune sees it; its result says how the run ended."""
-        assignment = self.assigned.pop(tune_id, None)
+        assignment = self._take_back(tune_id)
         if assignment is None:
             return
         if result.get("status") == "bad_config":
@@ -134,7 +135,7 @@ class Scheduler:
 
     def died(self, tune_id: str, error: str) -> None:
         """The actor is gone: killed, out of memory, or its node lost."""
-        assignment = self.assigned.pop(tune_id, None)
+        assignment = self._take_back(tune_id)
         if assignment is not None:
             self._failed(assignment, error, "")
 

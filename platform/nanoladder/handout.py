@@ -1,0 +1,37 @@
+"""Whether there is room for one more run: the rule by which runs are given out, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class Room:
+    """What the runs in flight have been promised. Runs are given out only while the cluster holds all workers of all of them,
+    so that several trials of several devices never wait for each other half placed."""
+
+    def __init__(self, max_concurrent: int | None = None) -> None:
+        self._max_concurrent = max_concurrent
+        self._used: dict[str, float] = {}
+        self.in_flight = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether as many runs are in flight as may be."""
+        return self._max_concurrent is not None and self.in_flight >= self._max_concurrent
+
+    def fits(self, need: Mapping[str, float], capacity: Mapping[str, float] | None) -> bool:
+        """Whether `need` fits beside what is in flight. The first always does: that the cluster cannot hold it is for the
+        watchdog to say. `capacity` None: nodes may be added, everything fits."""
+        if capacity is None or not self.in_flight:
+            return True
+        return all(self._used.get(k, 0.0) + need[k] <= capacity.get(k, 0.0) + 1e-6 for k in need)
+
+    def take(self, need: Mapping[str, float]) -> None:
+        self.in_flight += 1
+        for key, value in need.items():
+            self._used[key] = self._used.get(key, 0.0) + value
+
+    def give_back(self, need: Mapping[str, float]) -> None:
+        self.in_flight -= 1
+        for key, value in need.items():
+            self._used[key] -= value
