@@ -127,7 +127,7 @@ def evaluate_chat(
     options = options or ChatEvalOptions()
     if not tasks:
         raise ConfigError(f"no tasks to evaluate; known: {', '.join(CHAT_TASKS)}, or name=path of a file")
-    named = [_named(task) for task in tasks]
+    named = [named_task(task) for task in tasks]
     loaded = [
         task_problems(source, tasks_dir=tasks_dir, max_problems=max_problems, template=options.template) for _, source in named
     ]
@@ -149,7 +149,7 @@ def evaluate_chat(
     )
 
 
-def _named(task: str) -> tuple[str, str]:
+def named_task(task: str) -> tuple[str, str]:
     """Name and source of "NAME" or "name=path"."""
     dataset = DATASETS.get(task.lower())
     if dataset is not None:

@@ -6,16 +6,18 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from nanochat_model.config import DataConfig
+from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
 from nanoladder.demo import wide_console
 from nanoladder.display import StageDisplay
 from nanoladder.plan import BYTES_PER_TOKEN, LaunchPlan, make_plan
-from nanoladder.production_config import ProductionConfig
+from nanoladder.production_config import DEMO_CONVERSATIONS, ProductionConfig
 from nanoladder.production_stages import CARD_FILE, ChatStages, DataStages, TrainingStages
 from nanoladder.recipes import find_recipe
 from nanoladder.stages import Facts, Stage, run_stages
@@ -46,6 +48,28 @@ def plan_production(config: ProductionConfig, workspace: Workspace, *, built: bo
         accept=p.accept_law,
         without=p.without_law,
     )
+
+
+def missing_inputs(config: ProductionConfig) -> list[str]:
+    """What evaluation, fine-tuning and chat evaluation will want and is not there, to be said before pretraining, not after it."""
+    from nanochat_model.chat_eval import named_task
+    from nanochat_model.core_bundle import locate
+    from nanochat_model.mixture import parse_sources
+    from nanochat_model.tasks.catalog import source_files
+
+    folder, missing = config.sft.tasks_dir, []
+    wanted = [(s.data, s.training_split) for s in parse_sources([s for s in config.sft.conversations if s != DEMO_CONVERSATIONS])]
+    wanted += [(named_task(task)[1], "") for task in config.chat.tasks if task != DEMO_CONVERSATIONS]
+    checks = [partial(source_files, source, tasks_dir=folder, split=split) for source, split in wanted]
+    bundle = config.evaluation.core_bundle
+    if bundle and bundle != "download" and "://" not in bundle:
+        checks.append(partial(locate, bundle))
+    for check in checks:
+        try:
+            check()
+        except ConfigError as e:
+            missing.append(str(e))
+    return list(dict.fromkeys(missing))
 
 
 def production_stages(

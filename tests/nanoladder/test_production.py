@@ -14,14 +14,16 @@ import pytest
 from faulty_hub import DATASET, FaultyHub
 from rich.console import Console
 from small_text import texts
+from task_files import write_tasks
 
 from nanochat_model.errors import ConfigError
 from nanochat_model.record import RunRecord
-from nanoladder.production import plan_production, run_production
+from nanoladder.production import missing_inputs, plan_production, run_production
 from nanoladder.production_config import (
     ChatStage,
     DataStage,
     DeviceStage,
+    EvaluationStage,
     ModelStage,
     PretrainingStage,
     ProductionConfig,
@@ -33,12 +35,11 @@ from nanoladder.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["download", "corpus", "tokenizer", "shards", "pretraining", "evaluation", "sft", "chat", "report"]
-OVERRIDES = {"eval.num_tokens": 2048, "optimizer.weight_decay": 0.01}  # at so few tokens the rule would erase the weights
 TINY = ProductionConfig(
     name="tiny",
     data=DataStage(dataset=DATASET, vocab_size=384, val_fraction=0.2, num_workers=1),
     model=ModelStage(depth=1, aspect_ratio=32, head_dim=16, sequence_len=64, window_pattern="L"),
-    pretraining=PretrainingStage(
+    pretraining=PretrainingStage(  # at so few tokens the rule for weight decay would erase the weights
         recipe="demo", num_tokens=2e4, overrides={"eval.num_tokens": 2048, "optimizer.weight_decay": 0.01}
     ),
     device=DeviceStage(device="cpu", num_devices=1, price=1.0),
@@ -122,6 +123,18 @@ def test_the_files_of_the_repository_are_read_and_planned(name: str) -> None:
     config = read_production(ROOT / "production" / f"{name}.toml")
     plan = plan_production(config, Workspace("/nowhere"))
     assert not plan.blocking and plan.config.model.depth == config.model.depth
+
+
+def test_what_later_stages_need_is_asked_for_first(tmp_path: Path) -> None:
+    h100 = read_production(ROOT / "production" / "d24_h100.toml", {"sft.tasks_dir": str(tmp_path)})
+    missing = "\n".join(missing_inputs(h100))
+    assert "auxiliary_train" in missing and "openai/gsm8k" in missing and "HumanEval" in missing and "smol-smoltalk" in missing
+    write_tasks(tmp_path)
+    assert not missing_inputs(h100)
+    wrong = replace(
+        TINY, chat=replace(TINY.chat, tasks=("sums=/nowhere.jsonl",)), evaluation=EvaluationStage(core_bundle="/nowhere")
+    )
+    assert ["/nowhere.jsonl" in line or "CORE bundle" in line for line in missing_inputs(wrong)] == [True, True]
 
 
 def test_wrong_files_and_overrides_are_named(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ class Production:
     def run(self) -> int:
         from nanoladder.cli.plan import confirm
         from nanoladder.demo import wide_console
-        from nanoladder.plan_text import print_plan
-        from nanoladder.production import plan_production, production_stages, run_production
+        from nanoladder.plan_text import plan_as_dict, print_plan
+        from nanoladder.production import missing_inputs, plan_production, production_stages, run_production
         from nanoladder.production_config import read_production
 
         config, workspace = read_production(self.file, parse_overrides(self.set)), Workspace(self.storage)
@@ -56,8 +56,15 @@ class Production:
         if not self.json:
             print_plan(plan)
             print(f"stages: {', '.join(names)}")
+        missing = [] if self.until in names[: names.index("evaluation")] else missing_inputs(config)
         if self.dry_run:
+            if self.json:
+                print_json({**plan_as_dict(plan), "stages": names, "missing": missing})
+            for line in missing:
+                print(f"stops it: {line}", file=sys.stderr)
             return 0
+        if missing:
+            raise ConfigError("; ".join(missing))
         if plan.blocking:
             raise ConfigError("; ".join(plan.blocking))
         if not self.yes and not confirm():
