@@ -60,7 +60,7 @@ def missing_inputs(config: ProductionConfig) -> list[str]:
     folder, missing = config.sft.tasks_dir, []
     wanted = [(s.data, s.training_split) for s in parse_sources([s for s in config.sft.conversations if s != DEMO_CONVERSATIONS])]
     wanted += [(named_task(task)[1], "") for task in config.chat.tasks if task != DEMO_CONVERSATIONS]
-    checks = [partial(source_files, source, tasks_dir=folder, split=split) for source, split in wanted]
+    checks: list[Callable[[], object]] = [partial(source_files, source, tasks_dir=folder, split=split) for source, split in wanted]
     bundle = config.evaluation.core_bundle
     if bundle and bundle != "download" and "://" not in bundle:
         checks.append(partial(locate, bundle))

@@ -46,11 +46,19 @@ class ShowSteps(Callback):
         self._last = 0.0
 
     def on_step(self, info: StepInfo) -> None:
+        self.show(info.step, info.num_steps, info.train_loss, info.tokens_per_second)
+
+    def event(self, event: dict[str, Any]) -> None:
+        """The same of workers elsewhere, as they report it."""
+        if event["event"] == "step":
+            self.show(event["step"], event["num_steps"], event["train_loss"], event["tokens_per_second"])
+
+    def show(self, step: int, num_steps: int, loss: float, tokens_per_second: float | None) -> None:
         now = time.monotonic()
-        if now - self._last >= SHOW_SECONDS or info.step == info.num_steps:
+        if now - self._last >= SHOW_SECONDS or step == num_steps:
             self._last = now
-            speed = f", {info.tokens_per_second:,.0f} tokens/s" if info.tokens_per_second else ""
-            print(f"step {info.step} of {info.num_steps}, loss {info.train_loss:.4f}{speed}", flush=True)
+            speed = f", {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""
+            print(f"step {step} of {num_steps}, loss {loss:.4f}{speed}", flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +133,8 @@ class Sft:
         from nanochat_model.sft import finetune
         from nanochat_model.sft_recipe import TRAIN_FUNCTION
 
+        shown = [] if self.json else [ShowSteps()]
         if self.num_workers == 1:
-            shown = [] if self.json else [ShowSteps()]
             finetune(plan.config, runtime, run_dir=folder, start_from=plan.base, callbacks=shown, name=self.name)
             return
         from nanoladder.ray_init import shutdown_ray
@@ -142,6 +150,7 @@ class Sft:
                 threads_per_worker=max(1, self.num_threads),
                 name=self.name,
                 stage="sft",
+                progress=shown[0].event if shown else None,
                 train_function=TRAIN_FUNCTION,
                 start_from=str(plan.base.absolute()),
             )
