@@ -1,7 +1,8 @@
 """The same application on Ray Serve: several copies of the model, on one or many nodes, behind one address.
 
 Each replica is what `nanoladder serve` runs in one process: its own model, batch and queue. A conversation is carried by its
-requests, so any replica may answer any of them. The checkpoint must be readable on every node.
+requests, so any replica may answer any of them. The checkpoint must be readable on every node. Ray's proxy listens on the head
+node alone, so that is where the command runs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib.util
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from nanochat_model.checkpoint import resolve
@@ -63,30 +65,61 @@ def run_replicas(
         raise ConfigError(f"replicas {replicas} must be at least 1")
     if importlib.util.find_spec("ray.serve") is None or importlib.util.find_spec("watchfiles") is None:
         raise ConfigError("--ray needs Ray Serve, which is not installed; run: pip install 'ray[serve]'")
-    resolve(model.checkpoint)  # what is wrong with it is told here, in one line, not by a replica
+    # What is wrong with the checkpoint is told here, in one line, not by a replica; and all replicas, those that Ray starts again
+    # later too, load this very one, even when the run has written a newer one meanwhile.
+    model = replace(model, checkpoint=str(resolve(model.checkpoint).absolute()))
     warn_if_open(listen)
     port = free_port(listen)
-    import torch
-    from ray import serve
-
     from nanoladder.ray_init import ensure_ray, shutdown_ray
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     threads = max(1, model.num_threads)
-    ensure_ray(num_cpus=replicas * threads + 1, address=address)  # one for Serve's controller and proxy
+    session = ensure_ray(num_cpus=replicas * threads + 1, address=address)  # one for Serve's controller and proxy
+    use_gpu = model.device.startswith("cuda") or (model.device == "auto" and session.num_gpus > 0)
     try:
-        serve.start(http_options={"host": listen.host, "port": port})
-        use_gpu = model.device.startswith("cuda") or (model.device == "auto" and torch.cuda.is_available())
-        serve.run(build_application(model, listen, replicas=replicas, use_gpu=use_gpu), name=APP_NAME, route_prefix="/")
-        url = url_of(listen.host, port)
-        ready(url, served_name(model))
-        stop.wait()
-        serve.shutdown()
+        if replicas * threads > session.num_cpus or (use_gpu and replicas > session.num_gpus):
+            raise ConfigError(
+                f"{replicas} replicas need {replicas * threads} CPUs{f' and {replicas} GPUs' * use_gpu}, but this Ray has "
+                f"{session.num_cpus:g} CPUs and {session.num_gpus:g} GPUs; take fewer --replicas or --num-threads"
+            )
+        if not session.started_here:
+            _check_cluster()
+        _serve(build_application(model, listen, replicas=replicas, use_gpu=use_gpu), listen, port, ready, served_name(model))
     finally:
         shutdown_ray()
     return 0
+
+
+def _serve(application: Any, listen: ListenOptions, port: int, ready: Callable[[str, str], None], name: str) -> None:
+    """Deploy on the connected Ray, wait for a signal, take Serve down again."""
+    from ray import serve
+
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": listen.host, "port": port})
+        serve.run(application, name=APP_NAME, route_prefix="/")
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which puts a handler of its own for SIGTERM
+            signal.signal(number, lambda *_: stop.set())
+        ready(url_of(listen.host, port), name)
+        stop.wait()
+    finally:
+        serve.shutdown()
+
+
+def _check_cluster() -> None:
+    """ConfigError where the joined cluster serves already (it has one address, and we would end what others run), or where the
+    command is not on the head node (the address that it names would be another machine's)."""
+    import ray
+    from ray import serve
+
+    running = serve.status()
+    if running.proxies or running.applications:
+        apps = ", ".join(running.applications) or "no application"
+        raise ConfigError(
+            f"Ray Serve runs on this cluster already ({apps}); end it with `serve shutdown`, or serve without --address"
+        )
+    here = ray.get_runtime_context().get_node_id()
+    if not any(n["NodeID"] == here and "node:__internal_head__" in n["Resources"] for n in ray.nodes()):
+        raise ConfigError("Ray's proxy listens on the head node; run nanoladder serve --ray there")
 
 
 def served_name(model: ModelOptions) -> str:
