@@ -46,15 +46,14 @@ class LawRecipe:
     def blocking(self) -> tuple[str, ...]:
         return tuple(use.blocking for use in self.uses if use.blocking)
 
-    def with_horizon(self, horizon: Horizon, *, depth_solved: bool) -> LawRecipe:
-        """The tokens come from a given horizon. `depth_solved`: the laws, or the ratio, still chose the size for it."""
-        name, value = next((k, v) for k, v in vars(horizon).items() if v is not None)
-        uses = []
-        for use in self.uses:
-            if use.quantity == "allocation":
-                source = f"{name} {value:.6g}" + (f"; depth by {use.source}" if depth_solved else "")
-                use = replace(use, kind="given", source=source)
-            uses.append(use)
+    def given(self, quantity: str, source: str) -> LawRecipe:
+        """The user gives `quantity` itself, so its law is not used and cannot stop a launch; sizes' law still predicts the loss."""
+        uses = (
+            replace(u, kind="given", source=source, blocking=u.blocking if quantity == "allocation" else "")
+            if u.quantity == quantity
+            else u
+            for u in self.uses
+        )
         return replace(self, uses=tuple(uses))
 
     def use(self, quantity: str) -> RuleUse:

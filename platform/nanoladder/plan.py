@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from nanochat_model.config import DataConfig, GPTConfig, TrainConfig
@@ -23,6 +24,7 @@ BYTES_PER_TOKEN = 4.8  # of English web text at V = 32768 (nanochat's tokenizer 
 SHARD_BYTES = 250e6  # characters in one shard of nanochat's ClimbMix set, about 100 MB compressed
 EMBEDDING_SHARE_WARNING = 0.5  # embeddings above this share: the loss says little about larger models
 KEPT_BY_BEST_FIT = 0.65  # of the tokens of a web corpus at T = 2048; the rest is cut off and dropped (nanochat's log)
+GIVEN_BY = {"batch_size": "batch_tokens", "learning_rate": "optimizer.matrix_lr", "weight_decay": "optimizer.weight_decay"}
 MAX_SHRINK = 0.05  # of the weights, by decay alone, in one step at the peak rate: 20 steps then forget everything
 
 
@@ -83,7 +85,7 @@ def make_plan(
     records: Sequence[RunRecord] = (),
     data: DataConfig | None = None,
     bytes_per_token: float = BYTES_PER_TOKEN,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
     seed: int = 0,
     accept: Collection[str] = (),
     without: Collection[str] = (),
@@ -98,9 +100,14 @@ def make_plan(
     target = target or Target()
     resolved = recipe_from_laws(laws, recipe, accept=accept, without=without)
     if horizon is not None:
-        resolved = resolved.with_horizon(horizon, depth_solved=depth_solved)
+        name, value = next((k, v) for k, v in vars(horizon).items() if v is not None)
+        by = f"; depth by {resolved.use('allocation').source}" if depth_solved else ""
+        resolved = resolved.given("allocation", f"{name} {value:.6g}{by}")
     elif resolved.allocation is not None:
         horizon = optimal_horizon(resolved.allocation, model)
+    for quantity, key in GIVEN_BY.items():
+        if key in overrides:
+            resolved = resolved.given(quantity, f"{key} {overrides[key]}")
     config = resolved.recipe.resolve(model, horizon, data=data, seed=seed, overrides=overrides)
     return plan_config(config, resolved=resolved, target=target, records=records, bytes_per_token=bytes_per_token)
 

@@ -170,6 +170,17 @@ def test_a_given_horizon_is_named_as_such() -> None:
     assert source == "train_flops 4e+19; depth by 12 tokens per parameter, recipe nanochat"
 
 
+def test_a_given_value_is_named_and_its_law_stops_nothing() -> None:
+    laws = {"weight_decay": {"status": "too_few", "average": {}}, "batch_size": {"status": "too_few"}}
+    assert len(make_plan(D24, laws=laws).blocking) == 2
+    given = make_plan(D24, laws=laws, overrides={"batch_tokens": 2**20, "optimizer.weight_decay": 0.1})
+    assert not given.blocking
+    found = {u.quantity: (u.kind, u.source) for u in given.uses}
+    assert found["batch_size"] == ("given", "batch_tokens 1048576")
+    assert found["weight_decay"] == ("given", "optimizer.weight_decay 0.1")
+    assert found["learning_rate"][0] == "rule"
+
+
 def test_backwards_needs_what_it_needs() -> None:
     with pytest.raises(ConfigError, match="needs fitted laws"):
         solve(target_bpb=0.72)
