@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ class ChatStages:
 
             if self.threads:
                 tune_process(self.threads)
-            runtime = RuntimeConfig(device=torch_device(self.config), num_threads=self.threads)
+            runtime = replace(self.runtime, num_threads=self.threads)
             finetune(plan.config, runtime, run_dir=folder, start_from=plan.base, callbacks=[ShowSteps(progress)], **labels)
         else:
             self.finetune_on_ray(plan, folder, labels, progress)
@@ -205,7 +205,7 @@ class ChatStages:
         try:
             run_training_on_ray_train(
                 plan.config,
-                RuntimeConfig(device="auto"),
+                self.runtime,
                 run_dir=folder,
                 workspace=self.workspace,
                 num_workers=self.config.device.num_devices,
@@ -217,6 +217,12 @@ class ChatStages:
             )
         finally:
             shutdown_ray()
+
+    @property
+    def runtime(self) -> RuntimeConfig:
+        """Fine-tuning is saved as often as pretraining is."""
+        seconds = 60 * self.config.pretraining.checkpoint_minutes
+        return RuntimeConfig(device=torch_device(self.config), checkpoint_every_seconds=seconds)
 
     @property
     def threads(self) -> int:
