@@ -18,6 +18,7 @@ from ray.tune.execution.placement_groups import PlacementGroupFactory
 
 from nanochat_model.errors import ConfigError
 from nanoladder.run_lock import exclusive
+from nanoladder.system_use import SystemUse
 from nanoladder.trial_spec import Forward, TrialSpec
 
 REPORT_SECONDS = 5.0  # how often a long run reports to the driver
@@ -93,7 +94,7 @@ def run_trial(spec: TrialSpec, events: queue.SimpleQueue[dict[str, Any]]) -> dic
 
                 record = fit_trial(spec, events.put)
             else:
-                record = spec.run([Forward(events.put)])
+                record = spec.run([Forward(events.put), SystemUse(events.put)])
         return {"status": record.status, "error": record.error or "", "traceback": ""}
     except ConfigError as e:
         return {"status": "bad_config", "error": str(e), "traceback": ""}

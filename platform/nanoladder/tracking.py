@@ -66,9 +66,14 @@ class MlflowMirror(Listener):
     def on_event(self, trial: Trial, event: dict[str, Any]) -> None:
         if event["event"] == "eval":
             self._put("points", trial, [CurvePoint(**{k: v for k, v in event.items() if k != "event"})])
+        elif event["event"] == "system":
+            self._put("system", trial, event)
 
     def on_record(self, trial: Trial, record: RunRecord, new: bool) -> None:
         self._put("record", trial, record)
+
+    def on_pause(self, trial: Trial) -> None:
+        self._put("pause", trial)
 
     def begin_other(self, name: str, tags: dict[str, str]) -> None:
         """Runs that belong to no sweep, under a parent of this name."""
@@ -159,13 +164,23 @@ class MlflowWriter:
     def announce(self) -> None:
         """Show the runs that have been going on for a few seconds."""
         now = time.monotonic()
-        for trial, attempt, since in list(self._started.values()):
+        for key, (trial, attempt, since) in list(self._started.items()):
             if now - since < FLUSH_SECONDS:
                 return  # the later ones are younger
             child = self._child(trial)
             child.flushed = now
             self.client.update_run(child.id, status="RUNNING")
+            child.running = True
             self.client.set_tag(child.id, TAG + "attempts", str(attempt))
+            del self._started[key]
+
+    def pause(self, trial: Trial) -> None:
+        """A run was ended before it was done; when it is taken up again, `announce` says so."""
+        self._started.pop((trial.sweep, trial.run_id), None)
+        child = self._children.get((trial.sweep, trial.run_id))
+        if child is not None and child.running:
+            self.client.set_terminated(child.id, status="KILLED")
+            child.running = False
 
     def points(self, trial: Trial, points: Sequence[CurvePoint]) -> None:
         """Points of a running trial, kept until a few seconds' worth is there."""
@@ -176,6 +191,15 @@ class MlflowWriter:
         if child.waiting and time.monotonic() - child.flushed > FLUSH_SECONDS:
             child.started_ms = child.started_ms or round((time.time() - child.waiting[-1].seconds) * 1000)
             self._flush(child, child.started_ms)
+
+    def system(self, trial: Trial, sample: dict[str, Any]) -> None:
+        """What a running trial uses; not in its record, so only MLflow has it."""
+        child = self._children.get((trial.sweep, trial.run_id))
+        if child is not None:
+            from mlflow.entities import Metric
+
+            at, step = sample["at_ms"], sample["step"]
+            self.client.log_batch(child.id, metrics=[Metric(k, float(v), at, step) for k, v in sample["metrics"].items()])
 
     def record(self, trial: Trial, record: RunRecord) -> None:
         """Complete a trial's run from its record; nothing is sent where MLflow has it already."""
@@ -203,7 +227,7 @@ class MlflowWriter:
         child.failed = record.status == "failed"
         status = {"complete": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}[record.status]
         client.set_terminated(child.id, status=status, end_time=now)
-        child.finished_at = record.finished_at
+        child.finished_at, child.running = record.finished_at, False
 
     def tag(self, sweep: str, run_id: str, tags: dict[str, str]) -> None:
         """Tags of a child run, such as a verdict; without such a child nothing happens."""
@@ -216,6 +240,10 @@ class MlflowWriter:
         return sweep in self._parents
 
     def end(self) -> None:
+        for child in self._children.values():
+            if child.running:  # the command was interrupted
+                self.client.set_terminated(child.id, status="KILLED")
+                child.running = False
         for parent in self._parents.values():
             self.client.set_terminated(parent)
 
@@ -243,13 +271,14 @@ class MlflowWriter:
 class _Child:
     """A trial's run in MLflow."""
 
-    __slots__ = ("failed", "finished_at", "flushed", "id", "last_step", "started_ms", "waiting")
+    __slots__ = ("failed", "finished_at", "flushed", "id", "last_step", "running", "started_ms", "waiting")
 
     def __init__(self, id: str, finished_at: str = "") -> None:
         self.id = id
         self.finished_at = finished_at
         self.waiting: list[CurvePoint] = []
         self.failed = False
+        self.running = False  # MLflow was told so by this command
         self.last_step = -1  # up to here MLflow has the curve
         self.flushed = 0.0
         self.started_ms = 0  # from which its points count their time; 0: none was sent while it ran

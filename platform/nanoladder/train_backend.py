@@ -19,6 +19,7 @@ from nanoladder.pool import load_record
 from nanoladder.run_events import Heartbeat, MoreEvents
 from nanoladder.run_lock import exclusive
 from nanoladder.storage import find_record
+from nanoladder.system_use import SystemUse
 from nanoladder.trial_spec import PRETRAIN, Forward, TrialSpec
 from nanoladder.watchdog import CLUSTER_WAIT_SECONDS, LOCAL_WAIT_SECONDS, PLACEMENT_ENV, check_fits, format_resources
 
@@ -156,8 +157,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         queue_actor.put_nowait.remote(event)
 
     own = Throttle(send) if rank == 0 else lambda event: None
+    told = [Forward(own), MoreEvents(own), SystemUse(own), Heartbeat(send, rank), ReportToTrain()]
     try:
-        record = spec.run([Forward(own), MoreEvents(own), Heartbeat(send, rank), ReportToTrain(), *config["callbacks"]])
+        record = spec.run([*told, *config["callbacks"]])
     except ConfigError as e:
         return {"bad_config": str(e)}
     return {"status": record.status, "run_id": record.run_id}

@@ -7,20 +7,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from toy_training import HORIZON, MODEL, train
 
 from nanochat_model.config import DataConfig
+from nanoladder.cells import planned_trials
 from nanoladder.listen import Listeners
 from nanoladder.pool import Pool, make_works
+from nanoladder.ray_metrics import memory_bytes
 from nanoladder.space import Choice, Grid, LogUniform
 from nanoladder.study import CellStudy, open_storage
 from nanoladder.sweep import Cell, Sweep
 from nanoladder.sweep_index import IndexWriter
 from nanoladder.sync import sync
-from nanoladder.tracking import MlflowMirror, connect
+from nanoladder.system_use import SystemUse
+from nanoladder.tracking import MlflowMirror, MlflowWriter, connect
 from nanoladder.workspace import Workspace
 
 KNOBS = {"batch_tokens": 64, "optimizer.matrix_lr": 0.02, "optimizer.weight_decay": 0.1}
@@ -118,6 +122,39 @@ def test_optuna_is_made_again_from_records(tmp_path: Path) -> None:
     before = {r.info.run_id for r in children(workspace, "grid")}  # type: ignore[attr-defined]
     run(workspace, GRID, MlflowMirror(workspace.mlflow_uri, artifacts=tmp_path))
     assert {r.info.run_id for r in children(workspace, "grid")} == before  # type: ignore[attr-defined]
+
+
+def test_what_a_trial_uses_is_shown_and_a_paused_one_is_not_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanoladder.tracking.FLUSH_SECONDS", 0.0)
+    samples: list[dict[str, Any]] = []
+    use = SystemUse(samples.append, seconds=0.0)
+    trial = planned_trials(GRID, DataConfig(manifest_hash="toy"))[0]
+    train(trial.config, run_dir=tmp_path / "run", callbacks=[use])
+    assert [s["step"] for s in samples] == list(range(1, 11))
+    last = samples[-1]["metrics"]
+    assert last["system/process_memory_usage_megabytes"] == pytest.approx(memory_bytes() / 1e6, rel=0.2)
+    assert 0 <= last["system/cpu_utilization_percentage"] <= 100 and last["system/process_cpu_percentage"] >= 0
+    never: list[dict[str, Any]] = []
+    train(trial.config, run_dir=tmp_path / "short", callbacks=[SystemUse(never.append)])
+    assert not never, "a short trial sends nothing"
+
+    workspace = Workspace(tmp_path)
+    writer = MlflowWriter(workspace.mlflow_uri, tmp_path)
+    writer.begin("grid", {})
+    writer.start(trial, 1)
+    writer.announce()
+    writer.system(trial, samples[-1])
+    (child,) = children(workspace, "grid")
+    assert child.info.status == "RUNNING"  # type: ignore[attr-defined]
+    assert child.data.metrics["system/process_cpu_percentage"] == last["system/process_cpu_percentage"]  # type: ignore[attr-defined]
+    writer.pause(trial)
+    (child,) = children(workspace, "grid")
+    assert child.info.status == "KILLED"  # type: ignore[attr-defined]
+    writer.start(trial, 1)
+    writer.announce()
+    writer.end()
+    (child,) = children(workspace, "grid")
+    assert child.info.status == "KILLED", "the command ended while it ran"  # type: ignore[attr-defined]
 
 
 def test_broken_records_and_runs_without_a_sweep_are_named_and_kept(tmp_path: Path) -> None:
