@@ -114,6 +114,10 @@ def _own_listeners(
         listeners.append(MlflowMirror(uri, artifacts=workspace.root / "mlartifacts"))
     if any(w.sweep.pruning != "none" for w in works):
         listeners.append(Pruner(workspace, [w.sweep for w in works]))
+    if workspace.remote:
+        from nanoladder.remote_steering import RemoteSteering
+
+        listeners.append(RemoteSteering(workspace))
     if progress is not None:
         listeners.append(ProgressState(report=progress, clock=time.monotonic, wanted=lambda: wanted(works)))
     return listeners

@@ -37,6 +37,10 @@ def read_statuses(workspace: Workspace, name: str = "", *, price: float | None =
     Adds `alive`, `device_hours` (recorded, running and failed attempts) and `cost_dollars` (of `price` dollars a device-hour).
     Raises ConfigError where there is none of that name.
     """
+    if workspace.remote:
+        from nanoladder.remote_steering import fetch_statuses
+
+        fetch_statuses(workspace)
     root = workspace.root / "sweeps"
     found = [s for p in sorted(root.rglob(STATUS_FILE)) if (s := read_status(p.parent)) is not None]
     mine = [s for s in found if not name or s["sweep"] == name or s["sweep"].startswith(f"{name}/")]
@@ -138,13 +142,17 @@ def stop_sweep(workspace: Workspace, name: str, *, now: bool, wait_seconds: floa
         raise ConfigError(f"nothing of {name} is running: {states}; there is nothing to stop")
     for sweep in alive:
         request_stop(workspace.sweep_dir(sweep), now=now)
+        if workspace.remote:
+            from nanoladder.remote_steering import send_request
+
+            send_request(workspace, sweep)
     deadline = time.monotonic() + wait_seconds
     while True:
         statuses = [s for s in read_statuses(workspace, name) if s["sweep"] in alive]
         ended = not any(s["alive"] for s in statuses)
         if ended or time.monotonic() >= deadline:
             return {"ended": ended, "sweeps": _brief(statuses)}
-        time.sleep(0.5)
+        time.sleep(REFRESH_SECONDS if workspace.remote else 0.5)
 
 
 def _brief(statuses: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

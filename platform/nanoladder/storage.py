@@ -9,15 +9,16 @@ databases stay local: `nanoladder sync` makes them from the records.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import content_hash
@@ -70,7 +71,12 @@ class Remote:
         return (info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else None
 
     def put(self, local: Path, path: str) -> None:
-        """Upload one file. (An object store shows it whole or not at all; other file systems get it under another name first.)"""
+        """Upload one file, and give the local one the time of the copy."""
+        self._send(lambda: local.open("rb"), path)
+        self._stamp(local, path)
+
+    def _send(self, open_source: Callable[[], BinaryIO], path: str) -> None:
+        """(An object store shows a file whole or not at all; other file systems get it under another name first.)"""
 
         def act() -> None:
             target = f"{self._base}/{path}"
@@ -78,13 +84,12 @@ class Remote:
             if not atomic:
                 self._fs.create_dir(target.rpartition("/")[0], recursive=True)
             written = target if atomic else f"{target}.partial-{os.getpid()}"
-            with local.open("rb") as source, self._fs.open_output_stream(written) as sink:
+            with open_source() as source, self._fs.open_output_stream(written) as sink:
                 shutil.copyfileobj(source, sink, 1 << 22)
             if not atomic:
                 self._fs.move(written, target)
 
         self._try(f"write {path}", act)
-        self._stamp(local, path)
 
     def get(self, path: str, local: Path) -> None:
         """Download one file, atomically, with the time it was written."""
@@ -104,6 +109,32 @@ class Remote:
         facts = self.stat(path)
         if facts is not None and facts[1]:
             os.utime(local, ns=(facts[1], facts[1]))
+
+    def put_text(self, path: str, text: str) -> None:
+        """Write a small file that several sides change: object stores show it whole or not at all."""
+        self._send(lambda: io.BytesIO(text.encode()), path)
+
+    def get_text(self, path: str) -> str | None:
+        """The text of a small file, None where there is none."""
+
+        def act() -> str | None:
+            try:
+                with self._fs.open_input_stream(f"{self._base}/{path}") as source:
+                    return str(source.read().decode("utf8"))
+            except FileNotFoundError:
+                return None
+
+        found: str | None = self._try(f"read {path}", act)
+        return found
+
+    def delete_file(self, path: str) -> None:
+        """Remove a file; nothing happens where there is none."""
+
+        def act() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.delete_file(f"{self._base}/{path}")
+
+        self._try(f"remove {path}", act)
 
     def delete_folder(self, folder: str) -> None:
         if self.listing(folder):

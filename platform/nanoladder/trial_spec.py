@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
@@ -60,22 +61,34 @@ class TrialSpec:
         if mirror is not None:
             mirror.fetch(self.config)
             callbacks = (*callbacks, mirror)
-        record = train(
-            self.config,
-            self.runtime,
-            run_dir=self.run_dir,
-            callbacks=(*callbacks, *self._metrics(), StopOnRequest(Path(self.run_dir))),
-            name=self.name,
-            sweep=self.sweep,
-            stage=self.stage,
-            tags=self.tags,
-            backend=self.backend,
-            attempts=self.attempts,
-            **({"start_from": self.start_from} if self.start_from else {}),
-        )
+        with self._requests():
+            record = train(
+                self.config,
+                self.runtime,
+                run_dir=self.run_dir,
+                callbacks=(*callbacks, *self._metrics(), StopOnRequest(Path(self.run_dir))),
+                name=self.name,
+                sweep=self.sweep,
+                stage=self.stage,
+                tags=self.tags,
+                backend=self.backend,
+                attempts=self.attempts,
+                **({"start_from": self.start_from} if self.start_from else {}),
+            )
         if mirror is not None:
             mirror.finish(record)
         return record
+
+    def _requests(self) -> contextlib.AbstractContextManager[None]:
+        """What brings requests to end from a URL; its nodes share no folder. One rank is enough: the loop stops all of them."""
+        if not self.storage:
+            return contextlib.nullcontext()
+        from nanochat_model.distributed import current_ranks
+        from nanoladder.remote_steering import heed_remote_stop
+
+        if not current_ranks().is_main:
+            return contextlib.nullcontext()
+        return heed_remote_stop(self.storage, Path(self.root), Path(self.run_dir))
 
     def _metrics(self) -> list[Callback]:
         """What shows this run on Ray's dashboard; nothing in a process without Ray."""

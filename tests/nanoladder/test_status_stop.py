@@ -1,4 +1,4 @@
-"""A real small sweep is looked at and stopped from another process; its own command then ends it as if nothing had been."""
+"""A real small sweep is looked at and stopped from another machine; its own command then ends it as if nothing had been."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from local_s3 import local_s3
+from ray_nodes import wait_for
 from tiny_run import tiny_shards
 
 from nanochat_model.checkpoint import CHECKPOINTS_DIR, find_latest, step_of
 from nanochat_model.record import RunRecord
 from nanoladder.cli import run
-from nanoladder.live_status import STATUS_FILE, read_status
+from nanoladder.live_status import STATUS_FILE
 from nanoladder.status_view import read_statuses, render
 from nanoladder.stopping import PAUSED, StopRequest, StopWatch, request_stop
+from nanoladder.storage import local_folder
+from nanoladder.tracking import EXPERIMENT, connect
 from nanoladder.workspace import Workspace
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -55,48 +59,56 @@ if __name__ == "__main__":
 
 
 class Driver:
-    """`python steered.py` in a session of its own."""
+    """`python steered.py` in a session of its own, with its working copy of the storage in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.root = folder, folder / "storage"
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder, self.url = folder, url
+        self.root = folder / "one" / local_folder(url).name
         shutil.copytree(Path(tiny_shards().path), self.root / "shards")
         (folder / "steered.py").write_text(SWEEP_FILE)
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> subprocess.Popen[str]:
-        env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "NANOLADDER_STORAGE")} | {"PYTHONPATH": str(SUPPORT)}
-        command = [sys.executable, "steered.py", "--storage", str(self.root), "--num-cpus", "1"]
+        env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "NANOLADDER_STORAGE")}
+        env |= {"PYTHONPATH": str(SUPPORT), "NANOLADDER_LOCAL": str(self.folder / "one")}
+        command = [sys.executable, "steered.py", "--storage", self.url, "--num-cpus", "1"]
         self.process = subprocess.Popen(
             command, cwd=self.folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
         return self.process
 
     def status(self) -> dict[str, Any]:
-        status = read_status(self.root / "sweeps" / "steered")
-        return status or {"state": "", "running": [], "failed": 0}
+        """As another machine sees it."""
+        return read_statuses(Workspace(self.url), "steered")[0]
+
+    def told(self) -> tuple[list[str], list[str]]:
+        """The states of the trials in Optuna and in MLflow."""
+        workspace = Workspace(self.root)
+        study = optuna.load_study(study_name=None, storage=workspace.optuna_uri)
+        client = connect(workspace.mlflow_uri)
+        runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+        return sorted(t.state.name for t in study.trials), sorted(
+            r.info.status for r in runs if "mlflow.parentRunId" in r.data.tags
+        )
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Iterator[Driver]:
-    driver = Driver(tmp_path)
-    yield driver
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    with local_s3() as s3:
+        driver = Driver(tmp_path, f"{s3}/steered")
+        monkeypatch.setenv("NANOLADDER_LOCAL", str(tmp_path / "two"))
+        yield driver
     if driver.process is not None and driver.process.poll() is None:
         driver.process.kill()
         driver.process.communicate()
 
 
-def wait_for(what: Callable[[], object], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.05)
-
-
 @pytest.mark.timeout(400)
 def test_a_sweep_is_watched_stopped_and_goes_on(driver: Driver, capsys: pytest.CaptureFixture[str]) -> None:
-    storage = ["--storage", str(driver.root)]
+    storage = ["--storage", driver.url]
     process = driver.start()
     wait_for(lambda: list(driver.root.glob("runs/*/config.json")), 240)  # the third run trains, the others have failed
+    wait_for(lambda: read_statuses(Workspace(driver.url)))
     wait_for(lambda: driver.status()["failed"] == 2 and driver.status()["running"])
 
     assert run(["status", "steered", *storage, "--price", "2", "--json"]) == 0
@@ -121,6 +133,8 @@ def test_a_sweep_is_watched_stopped_and_goes_on(driver: Driver, capsys: pytest.C
     latest = find_latest(driver.root / "runs" / paused.run_id / CHECKPOINTS_DIR)
     assert paused.error == PAUSED and latest is not None and 0 < step_of(latest) < NUM_STEPS
 
+    assert driver.told() == (["FAIL", "FAIL", "WAITING"], ["FAILED", "FAILED", "KILLED"]), "nobody believes that it runs"
+
     assert run(["stop", "steered", *storage]) == 2
     assert "nothing of steered is running: steered (stopped on request)" in capsys.readouterr().err
 
@@ -131,6 +145,7 @@ def test_a_sweep_is_watched_stopped_and_goes_on(driver: Driver, capsys: pytest.C
     assert (record.status, record.attempts) == ("complete", 1)
     assert driver.status()["state"] == "finished" and driver.status()["best"]["run_id"] == record.run_id
     assert [p.step for p in record.curve] == [400, 800, 1200]
+    assert driver.told() == (["COMPLETE", "FAIL", "FAIL"], ["FAILED", "FAILED", "FINISHED"])
 
 
 def test_a_driver_that_died_is_told_from_one_that_lives(tmp_path: Path) -> None:

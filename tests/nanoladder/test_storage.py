@@ -10,15 +10,21 @@ from pathlib import Path
 
 import pytest
 from local_s3 import local_s3
+from ray_nodes import wait_for
 from tiny_run import RUNTIME, tiny_config, tiny_shards
+from toy_training import HORIZON, MODEL
 
 from nanochat_model.callbacks import Callback, StepInfo
+from nanochat_model.config import DataConfig
 from nanochat_model.errors import ConfigError
-from nanochat_model.identity import run_id
+from nanochat_model.identity import run_id, write_atomic
 from nanochat_model.record import RunRecord
 from nanochat_model.train import pretrain
-from nanoladder import cli, storage
+from nanoladder import cli, remote_steering, storage
+from nanoladder.cells import make_trial
+from nanoladder.space import Grid
 from nanoladder.storage import Remote, mirrored, pull, push
+from nanoladder.sweep import Cell, Sweep
 from nanoladder.trial_spec import TrialSpec
 from nanoladder.workspace import Workspace
 
@@ -101,6 +107,44 @@ def test_a_run_that_lost_its_machine_goes_on_from_the_url_on_another(
     with mirrored(url):
         assert third.records() == [record] and third.vocab_size == len(tiny_shards().token_bytes)
     assert storage.find_record(url, str(first.root), str(first.run_dir(spec.run_id))) == record, "also where it was not trained"
+
+
+def test_requests_travel_over_the_url(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_steering, "LOOK_SECONDS", 0.05)
+    url = f"{s3}/steered"
+    remote = Remote(url)
+    machine(monkeypatch, tmp_path / "driver")
+    driver = Workspace(url)
+    cell = Cell(model=MODEL, horizon=HORIZON, overrides={"batch_tokens": 64})
+    sweep = Sweep(name="s", question="?", cells=(cell,), space={"optimizer.matrix_lr": Grid([0.01])})
+    trial = make_trial(sweep, cell, 0, {"optimizer.matrix_lr": 0.01}, 0, DataConfig(manifest_hash="toy"))
+    asked = f"runs/{trial.run_id}/stop"
+    remote.put_text("sweeps/s/stop.json", "of an earlier command")
+    steering = remote_steering.RemoteSteering(driver)
+    steering.on_begin([sweep])
+    status = driver.sweep_dir("s") / "status.json"
+    write_atomic(status, "running")
+    wait_for(lambda: remote.get_text("sweeps/s/status.json") == "running")
+    assert not (driver.sweep_dir("s") / "stop.json").exists()
+    remote.put_text("sweeps/s/stop.json", "{}")
+    wait_for((driver.sweep_dir("s") / "stop.json").exists)
+    write_atomic(driver.root / asked, "enough")
+    steering.on_start(trial, 1)
+    wait_for(lambda: remote.get_text(asked) == "enough")
+    steering.on_pause(trial)
+    wait_for(lambda: remote.get_text(asked) is None)
+    write_atomic(status, "stopped")
+    steering.on_end()
+    assert remote.get_text("sweeps/s/status.json") == "stopped"
+
+    machine(monkeypatch, tmp_path / "worker")
+    worker = Workspace(url)
+    shutil.copytree(tiny_shards().path, worker.shards_dir)
+    spec = spec_of(worker, num_steps=20_000)
+    remote.put_text(f"runs/{spec.run_id}/stop", "enough")
+    (worker.run_dir(spec.run_id)).mkdir(parents=True)
+    record = spec.run()
+    assert (record.status, record.error) == ("stopped", "enough") and remote.get_text(f"runs/{spec.run_id}/stop") is None
 
 
 def test_commands_read_and_write_a_url(
