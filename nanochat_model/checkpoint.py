@@ -263,6 +263,16 @@ def tokenizer_dir(path: str | os.PathLike[str]) -> Path:
 
     `path` is what `resolve` takes. Raises CheckpointError when none of them has one.
     """
+    found = find_tokenizer_dir(path)
+    if found is None:
+        raise CheckpointError(
+            f"{resolve(path)}: no tokenizer in it, in its run or in its shards; copy tokenizer.json and its meta file beside it"
+        )
+    return found
+
+
+def find_tokenizer_dir(path: str | os.PathLike[str]) -> Path | None:
+    """As `tokenizer_dir`, or None where there is no tokenizer (an imported model may come without)."""
     path = resolve(path)
     config = read_state(path).config
     folders = [f / name for f in (path, path.parent, path.parent.parent) for name in (TOKENIZER_DIR, ".")]
@@ -270,9 +280,7 @@ def tokenizer_dir(path: str | os.PathLike[str]) -> Path:
     for folder in folders:
         if (folder / TOKENIZER_FILE).is_file():
             return folder
-    raise CheckpointError(
-        f"{path}: no tokenizer in it, in its run or in its shards; copy tokenizer.json and its meta file beside it"
-    )
+    return None
 
 
 def load_weights(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_model.checkpoint import TOKENIZER_DIR, CheckpointState, read_model_state, read_state, resolve, save_checkpoint
+from nanochat_model.checkpoint import (
+    TOKENIZER_DIR,
+    CheckpointState,
+    find_tokenizer_dir,
+    read_model_state,
+    read_state,
+    resolve,
+    save_checkpoint,
+)
 from nanochat_model.config import GPTConfig
 from nanochat_model.counts import count_params
 from nanochat_model.errors import ConfigError
 from nanochat_model.gpt import GPT
 from nanochat_model.identity import write_atomic
-from nanochat_model.tokenizer_import import import_nanochat_tokenizer
+from nanochat_model.tokenizer import Tokenizer
+from nanochat_model.tokenizer_import import import_nanochat_tokenizer, nanochat_pickle
 
 PREFIX = "_orig_mod."  # torch.compile puts it before every name
 _MODEL_FILE = re.compile(r"model_(\d+)\.pt$")
 OLD_CONFIG_DEFAULTS = {"window_pattern": "L"}  # before windows every layer saw the whole row (nanochat checkpoint_manager.py)
+TOKENIZER_PICKLE = Path("tokenizer") / "tokenizer.pkl"
 BF16_TABLES = ("transformer.wte.", "value_embeds.")  # stored so by nanochat where it computes in bf16
 
 
@@ -53,7 +64,8 @@ def import_nanochat(
     """Convert the checkpoint in folder `src` (its last step unless given) into a checkpoint under `out`; returns its folder.
 
     `tokenizer`: nanochat's tokenizer.pkl or its folder, converted beside the checkpoint (nothing in it is executed). Not given,
-    it is looked for where nanochat keeps it, two folders above `src`; without one the weights alone are imported.
+    it is looked for in `src` (where export_nanochat puts it) and where nanochat keeps it, two folders above; without one the
+    weights alone are imported.
     Raises ConfigError if a file is missing, broken, of another architecture, or holds anything but tensors.
     """
     found = read_nanochat(src, step)
@@ -64,12 +76,13 @@ def import_nanochat(
         "filled": list(found.filled),
     }
     state = CheckpointState(kind="imported", step=found.step, model=found.config, extra=extra)
-    standard = Path(src).resolve().parent.parent / "tokenizer" / "tokenizer.pkl"
-    if tokenizer is not None or standard.is_file():
-        converted = import_nanochat_tokenizer(Path(tokenizer or standard))
+    standard = (Path(src) / TOKENIZER_PICKLE, Path(src).resolve().parent.parent / TOKENIZER_PICKLE)
+    pickled = Path(tokenizer) if tokenizer is not None else next((p for p in standard if p.is_file()), None)
+    if pickled is not None:
+        converted = import_nanochat_tokenizer(pickled)
         if converted.vocab_size != found.config.vocab_size:
             raise ConfigError(
-                f"tokenizer {tokenizer or standard} has {converted.vocab_size} ids, the model {found.config.vocab_size}; "
+                f"tokenizer {pickled} has {converted.vocab_size} ids, the model {found.config.vocab_size}; "
                 "give the one the model was trained with"
             )
         converted.save(Path(out) / TOKENIZER_DIR)
@@ -79,7 +92,9 @@ def import_nanochat(
 def export_nanochat(src: str | os.PathLike[str], out: str | os.PathLike[str], *, bf16_tables: bool = False) -> Path:
     """Write the checkpoint `src` (or a run's newest) as nanochat's files in folder `out`; returns the model file.
 
-    `bf16_tables` stores the embedding tables as nanochat itself does where it computes in bf16; otherwise all is float32.
+    `bf16_tables` stores the embedding tables as nanochat itself does where it computes in bf16; otherwise all is float32. The
+    tokenizer, where the checkpoint has one, is written into `out`/tokenizer: nanochat reads it from its base folder's `tokenizer`,
+    which is not touched here, as other models of nanochat's may need theirs.
     """
     source = resolve(src)
     state, weights = read_state(source), read_model_state(source)
@@ -88,9 +103,7 @@ def export_nanochat(src: str | os.PathLike[str], out: str | os.PathLike[str], *,
     if bf16_tables:
         weights = {n: w.bfloat16() if n.startswith(BF16_TABLES) else w for n, w in weights.items()}
     path = out / f"model_{state.step:06d}.pt"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(weights, temporary)
-    os.replace(temporary, path)
+    _write(path, lambda temporary: torch.save(weights, temporary))
     original = state.extra.get("source_meta", {})
     meta = {
         "step": state.step,
@@ -99,7 +112,25 @@ def export_nanochat(src: str | os.PathLike[str], out: str | os.PathLike[str], *,
         "user_config": original.get("user_config", {}),
     }
     write_atomic(out / f"meta_{state.step:06d}.json", json.dumps(meta, indent=2))
+    tokenizer = find_tokenizer_dir(source)
+    if tokenizer is not None:
+        _write_tokenizer(Tokenizer.load(tokenizer), out / TOKENIZER_PICKLE)
     return path
+
+
+def _write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """tokenizer.pkl, and beside it the bytes of each token, from which nanochat computes bits per byte (int32, V)."""
+    path.parent.mkdir(exist_ok=True)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
+    _write(path, lambda temporary: temporary.write_bytes(nanochat_pickle(tokenizer)))
+    _write(path.with_name("token_bytes.pt"), lambda temporary: torch.save(token_bytes, temporary))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """A binary file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write(temporary)
+    os.replace(temporary, path)
 
 
 def read_nanochat(src: str | os.PathLike[str], step: int | None = None) -> NanochatCheckpoint:

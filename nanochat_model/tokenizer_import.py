@@ -1,4 +1,4 @@
-"""nanochat's tokenizer.pkl (a pickled tiktoken Encoding) as our Tokenizer, without executing what the pickle names."""
+"""nanochat's tokenizer.pkl (a pickled tiktoken Encoding) as our Tokenizer, without executing what the pickle names; and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_model.errors import ConfigError
-from nanochat_model.tokenizer import Tokenizer, byte_characters
+from nanochat_model.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_characters
 from nanochat_model.word_split import SPLIT_PATTERN
 
 
@@ -55,6 +55,26 @@ def import_nanochat_tokenizer(path: str | Path) -> Tokenizer:
         if tokenizer.special_id(token) != number:
             raise ConfigError(f"{path}: special token {token!r} has id {number}, expected {tokenizer.special_id(token)}")
     return tokenizer
+
+
+def nanochat_pickle(tokenizer: Tokenizer) -> bytes:
+    """The tokenizer as the content of nanochat's tokenizer.pkl; tiktoken need not be installed.
+
+    The ids are the same. tiktoken joins any two neighbours that together are a token, where our merges name the pair; a text is
+    cut otherwise only where a token can also be made of another pair than the one that it was learned from.
+    """
+    num_ranks = tokenizer.vocab_size - len(SPECIAL_TOKENS)
+    state = {
+        "name": "nanoladder",
+        "pat_str": SPLIT_PATTERN,
+        "mergeable_ranks": {tokenizer.decode_bytes([i]): i for i in range(num_ranks)},
+        "special_tokens": {token: tokenizer.special_id(token) for token in SPECIAL_TOKENS},
+    }
+    plain = pickle.dumps(state, protocol=3)
+    head, end = pickle.PROTO + b"\x03", pickle.STOP
+    assert plain.startswith(head) and plain.endswith(end)
+    made = pickle.GLOBAL + b"tiktoken.core\nEncoding\n" + pickle.EMPTY_TUPLE + pickle.NEWOBJ  # Encoding.__new__(Encoding)
+    return head + made + plain[len(head) : -len(end)] + pickle.BUILD + end  # its __setstate__(state)
 
 
 def from_ranks(ranks: Mapping[bytes, int], where: str = "") -> Tokenizer:

@@ -20,7 +20,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from nanochat_model.errors import ConfigError
 from nanochat_model.tokenizer import META_FILE, SPECIAL_TOKENS, Tokenizer, byte_characters
-from nanochat_model.tokenizer_import import from_ranks, import_nanochat_tokenizer
+from nanochat_model.tokenizer_import import from_ranks, import_nanochat_tokenizer, nanochat_pickle
 from nanochat_model.word_split import SPLIT_PATTERN, split_words, stand_in
 
 # Characters whose class no version of Unicode has changed, of every kind that the split rule tells apart.
@@ -257,6 +257,10 @@ def test_nanochats_pickle_is_read_and_nothing_in_it_executed(
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(pickled(Encoding(state), monkeypatch))
     assert import_nanochat_tokenizer(tmp_path).encode_batch(corpus) == tokenizer.encode_batch(corpus)
+
+    monkeypatch.setattr(Encoding, "__setstate__", lambda self, given: self.__init__(given), raising=False)
+    made = pickle.loads(nanochat_pickle(tokenizer))  # as nanochat reads it
+    assert type(made) is Encoding and {**made.state, "name": "rustbpe"} == state
 
     path.write_bytes(pickled(Encoding({**state, "pat_str": r"\w+"}), monkeypatch))
     with pytest.raises(ConfigError, match="split rule"):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,9 +67,19 @@ def test_every_command_has_help_with_an_example(name: str, capsys) -> None:
     with pytest.raises(SystemExit) as leave:
         sys.exit(run([name, "--help"]))
     assert leave.value.code == 0
-    text = capsys.readouterr().out
-    assert f"nanoladder {name}" in text
-    assert "Example" in text
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"Example: nanoladder {name} " in text
+
+
+def test_the_readme_has_a_row_for_every_command() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
+    rows = text.split("## Commands")[1].split("\n## ")[0].splitlines()
+    named = [span for row in rows if row.startswith("| `") for span in re.findall("`(.+?)`", row.split("|")[1])]
+    commands = [span.removeprefix("nanoladder ") for span in named]
+    missing = [name for name in COMMANDS if not any(f"{c} ".startswith(f"{name} ") for c in commands)]
+    assert missing == [], "these have no row in README.md"
+    unknown = [c for c in commands if not any(f"{c} ".startswith(f"{name} ") for name in COMMANDS)]
+    assert unknown == [], "these rows name no command"
 
 
 def test_count_json(capsys) -> None:
@@ -143,6 +155,11 @@ def test_runs_lists_records_and_names_broken_ones(tmp_path: Path, capsys) -> Non
     assert torn.read_text() == '{"schema_version": 1, "run_id"', "a broken record is left as it is"
     assert run(["runs", "--storage", str(tmp_path), "--limit", "1"]) == 1
     assert "0.9000" in capsys.readouterr().out
+    timed = {"step_seconds": {"data": 0.1, "compute": 0.6, "wait": 0.3}, "rank_compute_seconds": (0.5, 0.75)}
+    replace(make_record(0), **timed, startup_seconds={"process": 2.0, "build": 0.5}).save(tmp_path / "runs" / make_record(0).run_id)
+    assert run(["runs", "--storage", str(tmp_path), "--times", "--limit", "1"]) == 1
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("10%", "60%", "30%", "1 (+50%)", "2.5 s")), out
     assert run(["runs", "--storage", str(tmp_path), "--sort", "bpb"]) == 2
 
 

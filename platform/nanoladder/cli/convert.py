@@ -24,19 +24,25 @@ class ImportNanochat:
     step: int | None = None
     """Which checkpoint of the folder; left out: the newest."""
     tokenizer: str | None = None
-    """nanochat's tokenizer folder; left out: looked for two folders up, as nanochat lays it out."""
+    """nanochat's tokenizer folder; left out: looked for in the folder and two folders up, as nanochat lays it out."""
+    json: Json = False
 
     def run(self) -> None:
         from nanochat_model.interop import import_nanochat
 
-        print(f"written: {import_nanochat(self.checkpoint, self.out, step=self.step, tokenizer=self.tokenizer)}")
+        folder = import_nanochat(self.checkpoint, self.out, step=self.step, tokenizer=self.tokenizer)
+        if self.json:
+            print_json({"checkpoint": str(folder)})
+        else:
+            print(f"written: {folder}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportNanochat:
-    """Write a checkpoint in nanochat's layout.
+    """Write a checkpoint and its tokenizer in nanochat's layout. nanochat reads the tokenizer from its base folder: to use this
+    one there, copy OUT/tokenizer over ~/.cache/nanochat/tokenizer.
 
-    Example: nanoladder export-nanochat demo/sft --out exported
+    Example: nanoladder export-nanochat demo/sft/0123456789abcdef --out ~/.cache/nanochat/chatsft_checkpoints/d4
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -45,11 +51,17 @@ class ExportNanochat:
     """Folder to write."""
     bf16_tables: bool = False
     """Store the look-up tables in bf16, as nanochat does on a GPU."""
+    json: Json = False
 
     def run(self) -> None:
         from nanochat_model.interop import export_nanochat
 
-        print(f"written: {export_nanochat(self.checkpoint, self.out, bf16_tables=self.bf16_tables)}")
+        model = export_nanochat(self.checkpoint, self.out, bf16_tables=self.bf16_tables)
+        files = sorted(str(p) for p in model.parent.rglob("*") if p.is_file())
+        if self.json:
+            print_json({"folder": str(model.parent), "files": files})
+        else:
+            print("\n".join([f"written: {model.parent}", *(f"  {f}" for f in files)]))
 
 
 @dataclass(frozen=True, kw_only=True)

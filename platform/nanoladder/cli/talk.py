@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Chat:
 
     def talk(self, chat: Any) -> None:
         """The conversation in the terminal. Ctrl-C during a reply cuts it short; at the prompt it ends."""
+        with contextlib.suppress(ImportError):  # where Python has it, input() then edits lines and remembers them
+            import readline  # noqa: F401
         print("/clear forgets the conversation, /quit ends it")
         turn = 0
         while True:
