@@ -13,6 +13,7 @@ from statistics import quantiles
 from typing import Any
 
 from nanochat_model.config import TrainConfig
+from nanochat_model.identity import write_atomic
 from nanochat_model.record import CurvePoint, RunRecord
 from nanoladder.cells import Trial
 from nanoladder.listen import Listener
@@ -47,9 +48,8 @@ class Pruner(Listener):
         others = [at for c in self._curves.get((trial.sweep, trial.cell, trial.seed), ()) if (at := loss_at(c, share)) is not None]
         if is_far_behind(loss, others):
             self.stopped.add(trial.run_id)
-            (self._workspace.run_dir(trial.run_id) / STOP_FILE).write_text(
-                f"pruned at step {step}: far behind in the constant part"
-            )
+            reason = f"pruned at step {step}: far behind in the constant part"
+            write_atomic(self._workspace.run_dir(trial.run_id) / STOP_FILE, reason)  # the folder may be on another node so far
 
 
 def constant_until(config: TrainConfig) -> int:
