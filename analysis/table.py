@@ -4,56 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.budgets import assign_budgets
-from analysis.clean import NUMBER_COLUMNS, LeftOut, clean
+from analysis.clean import LeftOut, clean
+from analysis.columns import CONVENTIONS, choose_columns, standard_frame
 from analysis.errors import DataError
-from analysis.numbers import COUNTS, to_numbers
+from analysis.read_table import read_table
 from analysis.records import read_records
 from analysis.words import plural
 
-CONVENTIONS = ("matrices_lm_head", "all", "matrices")
 NO_CONVENTION = "as given"
-# What a mapping may name -> the standard column. Keys are what people call them on a command line.
-KEYS = {
-    "params": "N", "tokens": "D", "loss": "L", "budget": "budget", "flops": "C", "batch": "B", "lr": "lr",
-    "weight_decay": "weight_decay", "width": "width", "depth": "depth", "seed": "seed", "group": "group", "outlier": "outlier",
-    "sweep": "sweep", "stage": "stage", "purpose": "purpose", "run_id": "run_id", "status": "status", "name": "name",
-    "comparable": "comparable_hash", "sequence_len": "sequence_len", "seconds": "seconds", "device": "device",
-    "params_all": "N_all", "params_matrices": "N_matrices", "params_matrices_lm_head": "N_matrices_lm_head",
-}  # fmt: skip
-# Column names recognised without a mapping, in order of preference.
-ALIASES = {
-    "params": ("N", "params", "num_params", "n_params", "parameters", "Model Size", "num_parameters"),
-    "tokens": ("D", "tokens", "num_tokens", "n_tokens", "Training Tokens", "train_tokens", "tokens_trained", "tokens_seen"),
-    "loss": ("L", "loss", "val_loss", "val_bpb", "bpb", "final_loss", "eval_loss", "validation_loss"),
-    "budget": ("budget", "flops_budget", "compute_budget", "isoflop_budget"),
-    "flops": ("C", "flops", "train_flops", "Training FLOP", "compute"),
-    "batch": ("B", "batch", "batch_tokens", "batch_size_tokens", "total_batch_size"),
-    "lr": ("lr", "learning_rate", "matrix_lr", "eta"),
-    "weight_decay": ("weight_decay", "wd", "lambda"),
-    "width": ("width", "model_dim", "d_model", "n_embd", "hidden_size", "h"),
-    "depth": ("depth", "num_layers", "n_layer"),
-    "seed": ("seed",),
-    "group": ("group", "trunk"),
-    "sweep": ("sweep",),
-    "purpose": ("purpose",),
-    "status": ("status",),
-    "run_id": ("run_id",),
-    "sequence_len": ("sequence_len",),
-}
+USUAL_FLOPS_FACTOR = 10.0  # C/(N·D) lies within this of 6, whatever N counts
 NANOCHAT_COLUMNS = (
     "flops_budget", "depth", "model_dim", "params_wte", "params_value_embeds", "params_lm_head", "params_transformer",
     "params_total", "tokens_trained", "val_bpb",
 )  # fmt: skip
-STEPLAW_COLUMNS = ("lr", "bs", "loss", "sl", "ti")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +35,7 @@ class RunTable:
     `frame` has the columns of analysis.clean (numbers as float, NaN where unknown): N scaling parameters in `convention`,
     D training tokens, C training FLOPs, L validation loss or bpb, budget (FLOPs, NaN where a run belongs to none), B batch in
     tokens, lr, weight_decay, width, depth, seed … `curves[run_id]` is an array (points, 5): step, tokens, FLOPs, seconds,
-    bpb. `hash` changes when any number that a law could read changes.
+    bpb. `inside[run_id]` is what analysis.records.inside_of gives. `hash` changes when any number that a law could read changes.
     """
 
     frame: pd.DataFrame
@@ -72,6 +44,7 @@ class RunTable:
     convention: str = NO_CONVENTION
     notes: tuple[str, ...] = ()
     curves: Mapping[str, np.ndarray] = field(default_factory=dict)
+    inside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -157,6 +130,7 @@ def table_from_frame(
         where = "the budget column where it has one, else 6·N·D" if given is not None else "6·N·D"
         notes.append(f"{plural(int(frame['C'].isna().sum()), 'run')} without a FLOPs column: C is {where}")
     compute = frame["C"].fillna(frame["budget"]).fillna(nominal)
+    notes += _unit_note(compute / (frame["N"] * frame["D"]))
     budget, how = assign_budgets(compute.to_numpy(), given)
     notes.append(f"budgets: {how}")
     frame = frame.assign(C=compute, budget=budget, group=frame["group"].where(frame["group"] != "", frame["run_id"]))
@@ -170,6 +144,14 @@ def table_from_frame(
     )
 
 
+def _unit_note(per_token: pd.Series) -> list[str]:
+    """C/(N·D) is 6 give or take attention and what N counts; far from it a column has another unit, which D/N then shows too."""
+    middle = float(per_token.median())
+    if not np.isfinite(middle) or 6 / USUAL_FLOPS_FACTOR <= middle <= 6 * USUAL_FLOPS_FACTOR:
+        return []
+    return [f"C/(N·D) is {middle:.3g}, where 6 is usual: N, D or C have another unit, and so have N*, D* and D/N"]
+
+
 def load_records(paths: str | Path | Sequence[str | Path], *, convention: str = "matrices_lm_head") -> RunTable:
     """Our own run records: folders searched for record.json, or the files themselves. Torn files and other schemas are listed
     as left out. DataError when nothing is usable."""
@@ -179,7 +161,9 @@ def load_records(paths: str | Path | Sequence[str | Path], *, convention: str = 
     name = _name_of([Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)])
     if not rows:
         raise DataError(f"{name}: no readable run record ({left_out[0].row}: {left_out[0].reason})")
-    return table_from_frame(pd.DataFrame(rows), source=name, convention=convention, left_out=left_out, curves=curves)
+    inside = {row["run_id"]: row.pop("inside") for row in rows}
+    table = table_from_frame(pd.DataFrame(rows), source=name, convention=convention, left_out=left_out, curves=curves)
+    return replace(table, inside=inside)
 
 
 def _name_of(paths: Sequence[Path]) -> str:
@@ -203,16 +187,11 @@ def load_csv(
     `sequence_len` multiplies a batch that is given in sequences. `drop_outliers` names a column: rows where it is true are
     listed and left out. Raises DataError on a missing file or column.
     """
-    raw = _read_frame(Path(path))
+    raw = read_table(Path(path))
     if mapping is None and set(NANOCHAT_COLUMNS) <= set(raw.columns):
         return _nanochat_table(raw, str(path))
-    chosen, notes = _choose_columns(raw, dict(mapping or {}), str(path))
-    frame = pd.DataFrame({KEYS[key]: raw[column] for key, column in chosen.items()}, index=raw.index)
-    for column in frame.columns.intersection(NUMBER_COLUMNS):
-        numbers, read = to_numbers(frame[column], counts=column in COUNTS, decimal_comma=raw.attrs.get("sep") == ";")
-        if read:
-            frame[column] = frame[column].where(numbers.isna(), numbers)  # what is no number keeps its text, for its reason
-            notes.append(f"{column}: {plural(read, 'value')} written with separated thousands, a decimal comma or a suffix (26.9M)")
+    chosen, notes = choose_columns(raw, dict(mapping or {}), str(path))
+    frame = standard_frame(raw, chosen, notes)
     convention = None if "params" in chosen else next(c for c in CONVENTIONS if f"params_{c}" in chosen)
     if sequence_len is not None and "B" in frame:
         frame["B"] = pd.to_numeric(frame["B"], errors="coerce") * sequence_len
@@ -227,73 +206,17 @@ def load_csv(
         if drop_outliers not in raw.columns:
             raise DataError(f"{path}: no column {drop_outliers!r} to drop outliers by; columns: {', '.join(map(str, raw.columns))}")
         frame["drop"] = np.where(_as_bool(raw[drop_outliers]), f"flagged in column {drop_outliers}", "")
-    frame["row"] = [f"row {i + 2}" for i in range(len(raw))]  # line of the file, below the header
+    frame["row"] = [f"row {line}" for line in raw.index]  # line of the file
     return table_from_frame(frame, source=str(path), convention=convention, notes=notes)
 
 
 def load_nanochat_results(path: str | Path, *, convention: str = "matrices_lm_head") -> RunTable:
     """results.csv of nanochat's scaling-law script. A core_score of exactly 0 means that it was not measured there."""
-    raw = _read_frame(Path(path))
+    raw = read_table(Path(path))
     missing = [c for c in NANOCHAT_COLUMNS if c not in raw.columns]
     if missing:
         raise DataError(f"{path}: not nanochat's results.csv, column {missing[0]!r} is missing; use load_csv with a mapping")
     return _nanochat_table(raw, str(path)).with_convention(convention)
-
-
-def _read_frame(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give a CSV or parquet table of runs")
-    try:
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        else:
-            separator = _separator(path)
-            frame = pd.read_csv(path, sep=separator, skipinitialspace=True)
-            frame.columns = frame.columns.map(lambda c: str(c).strip())
-            frame.attrs["sep"] = separator
-    except (ValueError, OSError) as e:  # pandas and pyarrow parse errors are ValueErrors
-        raise DataError(f"{path}: cannot be read as a table ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
-    if frame.empty:
-        raise DataError(f"{path}: the table has no rows")
-    return frame
-
-
-def _separator(path: Path) -> str:
-    """Of the header line: comma unless semicolons, tabs or bars are more."""
-    with path.open(encoding="utf-8-sig") as f:
-        head = f.readline()
-    return max((",", ";", "\t", "|"), key=head.count)
-
-
-def _plain_name(column: str) -> str:
-    """Val Loss, val-loss and val_loss are one name; single letters are not guessed at."""
-    short = re.sub(r"[^a-z0-9]", "", column.lower())
-    return short if len(short) > 2 else column
-
-
-def _choose_columns(raw: pd.DataFrame, mapping: dict[str, str], where: str) -> tuple[dict[str, str], list[str]]:
-    notes: list[str] = []
-    for key, column in mapping.items():
-        if key not in KEYS:
-            raise DataError(f"mapping names {key!r}, which is unknown; known: {', '.join(KEYS)}")
-        if column not in raw.columns:
-            raise DataError(f"{where}: no column {column!r} (for {key}); columns: {', '.join(map(str, raw.columns))}")
-    chosen = dict(mapping)
-    if "loss" not in chosen and set(STEPLAW_COLUMNS) <= set(raw.columns):
-        chosen["loss"] = "sl"
-        notes.append("loss: the smoothed column 'sl' (the raw last-step loss has 1.4% noise); map loss to choose another")
-    for key, names in ALIASES.items():
-        if key not in chosen:
-            free = [c for c in raw.columns if c not in chosen.values()]
-            plain = {_plain_name(c): c for c in reversed(free)}
-            found = [n for n in names if n in free] or [plain[_plain_name(n)] for n in names if _plain_name(n) in plain]
-            if found:
-                chosen[key] = found[0]
-    counted = any(f"params_{c}" in chosen for c in CONVENTIONS)
-    for key in ("params", "tokens", "loss"):
-        if key not in chosen and not (key == "params" and counted):
-            raise DataError(f"{where}: no column for {key}; name it in the mapping; columns: {', '.join(map(str, raw.columns))}")
-    return chosen, notes
 
 
 def _as_bool(values: pd.Series) -> pd.Series:
@@ -306,7 +229,7 @@ def _nanochat_table(raw: pd.DataFrame, source: str) -> RunTable:
     core = pd.to_numeric(raw["core_score"], errors="coerce") if "core_score" in raw else pd.Series(np.nan, index=raw.index)
     frame = pd.DataFrame(
         {
-            "row": [f"row {i + 2}" for i in range(len(raw))],
+            "row": [f"row {line}" for line in raw.index],
             "N_matrices_lm_head": matrices + head, "N_all": raw["params_total"], "N_matrices": matrices,
             "D": raw["tokens_trained"], "L": raw["val_bpb"], "budget": raw["flops_budget"], "C": raw["flops_budget"],
             "width": raw["model_dim"], "depth": raw["depth"], "core": core.where(core != 0),

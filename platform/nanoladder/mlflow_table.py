@@ -12,8 +12,9 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.columns import KEYS
 from analysis.errors import DataError
-from analysis.table import KEYS, RunTable, table_from_frame
+from analysis.table import RunTable, table_from_frame
 from nanoladder.tracking import EXPERIMENT, NOT_PARAMS, TAG, connect
 
 PAGE = 1000

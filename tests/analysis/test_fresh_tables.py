@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from allocation_tables import HOFFMANN, ladder
 
+from analysis.errors import DataError
 from analysis.laws import fit_laws
 from analysis.numbers import to_numbers
 from analysis.report import report_facts
@@ -72,6 +75,85 @@ def test_separators_headers_and_notations_of_a_file(tmp_path):
     assert len(table) == 24 and len(table.left_out) == 0
     np.testing.assert_allclose(table.frame[["N", "D", "L"]], frame[["N", "D", "L"]], rtol=1e-4)
     assert sum("written with" in note for note in table.notes) == 3
+
+
+def test_words_powers_and_labels_of_counts():
+    text = pd.Series(["30.4 million", "1.2 bn", "2.15x10^18", "10**19", "C=1e18", "4.64e18 FLOPs", "3 apples", "x^2"])
+    numbers, _ = to_numbers(text, counts=True)
+    assert numbers[:6].tolist() == pytest.approx([30.4e6, 1.2e9, 2.15e18, 1e19, 1e18, 4.64e18])
+    assert numbers[6:].isna().all() and to_numbers(text)[0].isna().all()  # a loss is no count
+
+
+def csv(frame: pd.DataFrame, **options: Any) -> bytes:
+    return frame.to_csv(index=False, **options).encode()
+
+
+PLAIN = csv(runs())
+FILES = {
+    "utf-16": PLAIN.decode().encode("utf-16"),
+    "gzip": gzip.compress(PLAIN),
+    "comments and blank lines": b"# a ladder\n\n" + PLAIN.replace(b"\n", b"\n\n", 3),
+    "windows line ends": PLAIN.replace(b"\n", b"\r\n"),
+    "separated by spaces": PLAIN.replace(b",", b"  "),
+    "separator at the end": PLAIN.replace(b"\n", b",\n").replace(b",\n", b"\n", 1),
+    "names of rows in front": runs().to_csv().encode()[1:],
+    "index column": runs().to_csv().encode(),
+    "units in the header": csv(
+        (runs() / [1e6, 1e9, 1, 1]).rename(columns={"N": "Params (M)", "D": "tokens_in_billions", "L": "Eval/Loss"})
+    ),
+    "budgets by name": csv(runs().assign(budget=np.repeat(["tiny", "small", "middle", "large"], 6))),
+    "budgets in powers": csv(runs().assign(budget=[f"{b / 1e18:.4f} x 10^18 FLOPs" for b in runs()["budget"]])),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_as_people_keep_them(tmp_path, kind):
+    path = tmp_path / ("t.csv.gz" if kind == "gzip" else "t.csv")
+    path.write_bytes(FILES[kind])
+    frame = load_csv(path).frame
+    np.testing.assert_allclose(frame[["N", "D", "L"]], runs()[["N", "D", "L"]], rtol=1e-9)
+    np.testing.assert_allclose(frame["budget"], runs()["budget"], rtol=1e-4)
+
+
+def test_a_row_left_out_is_named_by_its_line(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"# note\n\n" + PLAIN + b"1e8,nothing,3,1e18\n")
+    table = load_csv(tmp_path / "t.csv")
+    assert [x.row for x in table.left_out] == ["row 28"] and "D is not a number: nothing" in table.left_out[0].reason
+
+
+def test_columns_named_in_another_spelling_and_units_that_do_not_fit(tmp_path):
+    (runs() * [1e-6, 1, 1, 1]).to_csv(tmp_path / "t.csv", index=False)
+    table = load_csv(tmp_path / "t.csv", {"params": "n", "tokens": "D", "loss": " L"})
+    assert any("column 'N' for 'n'" in note for note in table.notes)
+    assert any("another unit" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "says"),
+    [
+        (b"", ".csv", "the file is empty"),
+        (b"N,D,L\n", ".csv", "no rows"),
+        (bytes(range(256)), ".csv", "not a text in UTF-8"),
+        (b"{}", ".json", "save the table as CSV or parquet"),
+        (b"hello", ".parquet", "cannot be read as a table"),
+        (b"N,D,L\n1,2,3\n1,2,3,4,5,6\n", ".csv", "cannot be read as a table"),
+        (b"N,tokns,L\n1,2,3\n", ".csv", "no column for the training tokens D"),
+    ],
+)
+def test_files_that_are_no_table_are_named_with_the_remedy(tmp_path, content, suffix, says):
+    path = tmp_path / f"t{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=says) as error:
+        load_csv(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_a_mapping_that_cannot_be_right(tmp_path):
+    runs().rename(columns={"D": "tokens"}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(DataError, match="did you mean 'tokens'"):
+        load_csv(tmp_path / "t.csv", {"tokens": "tokenz"})
+    with pytest.raises(DataError, match="params and tokens both name column 'N'"):
+        load_csv(tmp_path / "t.csv", {"params": "N", "tokens": "N"})
 
 
 def test_the_count_of_parameters_is_chosen_by_name(tmp_path):

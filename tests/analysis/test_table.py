@@ -77,7 +77,7 @@ def test_units_do_not_matter(tmp_path):
 def test_mapping_names_columns_and_refuses_unknown_ones(tmp_path):
     frame = GOOD.rename(columns={"N": "size", "D": "seen", "L": "final"})
     path = write_csv(tmp_path, frame)
-    with pytest.raises(DataError, match=r"no column for params.*size, seen, final"):
+    with pytest.raises(DataError, match=r"no column for the parameters.*size, seen, final"):
         load_csv(path)
     table = load_csv(path, {"params": "size", "tokens": "seen", "loss": "final"})
     assert table.frame["budget"].unique().tolist() == [1e18]
@@ -107,7 +107,7 @@ def test_files_that_are_no_tables(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load_csv(tmp_path / "absent.csv")
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(DataError, match="cannot be read as a table"):
+    with pytest.raises(DataError, match="the file is empty"):
         load_csv(tmp_path / "empty.csv")
     (tmp_path / "head.csv").write_text("N,D,L\n")
     with pytest.raises(DataError, match="no rows"):

@@ -155,6 +155,8 @@ class Fit:
         print_table(("law", "value", "interval (90%)", "status"), rows_of(plain), title=f"{laws.n_runs} runs")
         for warning in plain.get("warnings", []):
             print(f"warning: {warning if isinstance(warning, str) else warning.get('message', warning)}")
+        for note in laws.notes:
+            print(f"note: {note}")
         for item in laws.left_out:
             print(f"left out: {item['row']}: {item['reason']}")
         if design is not None:
@@ -240,10 +242,10 @@ class Report:
         return local_page(Workspace(self.data.storage))
 
     def recorded(self) -> dict[str, Any]:
-        """Prediction against production, and promotions, where the storage root has them."""
+        """Prediction against production, promotions and fronts, where the storage root has them."""
         if not self.data.storage:
             return {}
-        from nanoladder.outcomes import read_production, read_promotions
+        from nanoladder.outcomes import read_fronts, read_production, read_promotions
 
         root = Workspace(self.data.storage)
-        return {"production": read_production(root), "promotions": read_promotions(root)}
+        return {"production": read_production(root), "promotions": read_promotions(root), "fronts": read_fronts(root)}
