@@ -1,4 +1,4 @@
-"""Commands in this process, one after the other as a user gives them: from a mirror of a hub to a chat model and its exports."""
+"""Commands in this process, one after the other as a user gives them: from a mirror of a hub to a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -124,26 +124,6 @@ def test_a_mixture_of_datasets_and_files_is_fine_tuned_on(made: Made) -> None:
     assert record["status"] == "complete" and record["val_loss_after"] < record["val_loss_before"]
     assert record["num_conversations"] == 33 + 27 + 32 + 6 and record["num_truncated"] > 0
     assert RunRecord.load(made.tuned).kind == "sft"
-
-
-def test_chat_evaluation_and_a_reply(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    tasks = ["--tasks", "MMLU", "GSM8K", "--tasks-dir", str(made.folder / "tasks"), "--max-problems", "3", "--max-new-tokens", "4"]
-    found = facts(capsys, "chat-eval", "--checkpoint", str(made.tuned), *tasks, *CPU)
-    assert [(t["task"], t["num_problems"]) for t in found["tasks"]] == [("MMLU", 3), ("GSM8K", 3)] and found["chatcore"] is None
-    chat = ["chat", "--checkpoint", str(made.tuned), "-p", "who", "--max-tokens", "5", "--temperature", "0", *CPU]
-    assert facts(capsys, *chat) == facts(capsys, *chat)
-
-
-def test_exports_and_the_way_back(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    out = facts(capsys, "export", str(made.tuned), "--out", str(made.folder / "exported"))
-    assert {"modeling_nanoladder.py", "tokenizer.json"} <= set(out["files"])
-    assert run(["export-nanochat", str(made.base), "--out", str(made.folder / "nanochat")]) == 0
-    back = made.folder / "back"
-    assert run(["import-nanochat", str(made.folder / "nanochat"), "--out", str(back)]) == 0
-    capsys.readouterr()
-    how = ["--shards", str(made.root.shards_dir), "--packing", "keep_remainder", "--num-tokens", "1024", *CPU]
-    found = facts(capsys, "eval", "--checkpoint", str(back), *how)
-    assert found["val_bpb"] == pytest.approx(RunRecord.load(made.base).val_bpb, rel=1e-4)
 
 
 def test_a_production_can_be_looked_at_first(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
