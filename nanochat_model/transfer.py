@@ -103,7 +103,7 @@ class Line:
 
 
 def fetch(file: RemoteFile, folder: Path, line: Line, report: Report) -> dict[str, Any]:
-    """Bring `file` under `folder`; returns {"name", "size", "sha256", "verified"}.
+    """Bring `file` under `folder`, telling `report` of bytes beyond `part_bytes`; returns {"name", "size", "sha256", "verified"}.
 
     A `.part` file of the same version is continued. Content that arrives whole and wrong is thrown away and fetched once more.
     Raises TransferFailed (no answer, refused, wrong twice), Stopped, and ConfigError where a token or address is wrong.
@@ -111,7 +111,7 @@ def fetch(file: RemoteFile, folder: Path, line: Line, report: Report) -> dict[st
     target = folder / file.name
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + PART)
-    _drop_other_version(file, part)
+    _drop_other_version(file, part, report)
     for attempt in (1, 2):
         _receive(file, part, line, report)
         try:
@@ -155,7 +155,13 @@ def git_blob_sha1(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _drop_other_version(file: RemoteFile, part: Path) -> None:
+def part_bytes(name: str, folder: Path) -> int:
+    """Bytes of a file that an earlier call left; they count as arrived from the beginning."""
+    part = folder / (name + PART)
+    return part.stat().st_size if part.exists() else 0
+
+
+def _drop_other_version(file: RemoteFile, part: Path, report: Report) -> None:
     """A partial file is continued only when it belongs to the same content; otherwise it would be glued to another."""
     facts = {"sha256": file.sha256, "git_sha1": file.git_sha1, "etag": file.etag, "size": file.size}
     path = part.with_name(part.name.removesuffix(PART) + PART_FACTS)
@@ -164,14 +170,15 @@ def _drop_other_version(file: RemoteFile, part: Path) -> None:
     except (FileNotFoundError, json.JSONDecodeError):
         same = False
     if not same:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            report(-part.stat().st_size)
+            part.unlink()
         write_atomic(path, json.dumps(facts))
 
 
 def _receive(file: RemoteFile, part: Path, line: Line, report: Report) -> None:
     """Append to `part` until it has every byte. Each round that brings something starts the count of failures anew."""
     failures, reason = 0, ""
-    report(part.stat().st_size if part.exists() else 0)
     while True:
         before = part.stat().st_size if part.exists() else 0
         if file.size is not None and before > file.size:  # longer than announced: it cannot be right

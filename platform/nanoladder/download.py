@@ -16,7 +16,7 @@ from typing import Any
 
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import content_hash, write_atomic
-from nanochat_model.transfer import Corrupt, Line, Patience, RemoteFile, TransferFailed, ask, fetch, url_file, verify
+from nanochat_model.transfer import Corrupt, Line, Patience, RemoteFile, TransferFailed, ask, fetch, part_bytes, url_file, verify
 
 # Short names of the corpora that nanochat trains on; any other data set is given as owner/name.
 DATASETS = {"climbmix": "karpathy/climbmix-400b-shuffle", "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle"}
@@ -135,7 +135,8 @@ def download(
     present = {f.name: k for f in wanted if (k := _present(f, folder, known.get(f.name), check)) is not None}
     missing = [f for f in wanted if f.name not in present]
     _check_space(folder, sum(f.size or 0 for f in missing))
-    run = _Run(source, folder, wanted, present, Line(headers=source.headers, patience=patience or Patience()), progress)
+    before = sum(k["size"] for k in present.values()) + sum(part_bytes(f.name, folder) for f in missing)
+    run = _Run(source, folder, wanted, present, before, Line(headers=source.headers, patience=patience or Patience()), progress)
     failures = run.fetch_all(missing, workers)
     if failures:
         more = f" (and {len(failures) - 3} more)" if len(failures) > 3 else ""
@@ -156,12 +157,13 @@ class _Run:
         folder: Path,
         wanted: Sequence[RemoteFile],
         present: dict[str, dict[str, Any]],
+        before: int,
         line: Line,
         progress: Callable[[State], None] | None,
     ) -> None:
         self.source, self.folder, self.wanted, self.present = source, folder, wanted, present
         self.line, self.progress = line, progress
-        self.before = sum(k["size"] for k in present.values())
+        self.before = before  # bytes that were here
         self.total = sum(f.size or 0 for f in wanted)
         self.received = 0
         self.fetched = 0

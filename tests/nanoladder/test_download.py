@@ -19,7 +19,7 @@ from faulty_hub import DATASET, FaultyHub, write_dataset
 
 from nanochat_model.errors import ConfigError
 from nanochat_model.transfer import Patience, fetch_one
-from nanoladder.download import dataset_folder, download, find_source, stored_revision, text_bytes
+from nanoladder.download import State, dataset_folder, download, find_source, stored_revision, text_bytes
 from nanoladder.shards_needed import bytes_for_depth, bytes_for_plan, fetch_needed, files_needed
 
 QUICK = Patience(max_failures=3, backoff_seconds=0.01, timeout_seconds=5)
@@ -91,8 +91,13 @@ def test_a_line_that_brings_nothing_is_given_up_and_the_rest_is_kept(hub: Faulty
     assert len(stored(tmp_path / "out")) == 4
     assert (tmp_path / "out" / "shard_00001.parquet.part").stat().st_size == 3000
     hub.cut_after.clear()
-    download(source, tmp_path / "out", patience=QUICK)
+    states: list[State] = []
+    download(source, tmp_path / "out", patience=QUICK, progress=states.append)
     assert hub.ranges["shard_00001"][-1] == 3000 and stored(tmp_path / "out") == originals(hub)
+    total = sum(f.size or 0 for f in source.files)
+    kept = total - (source.files[1].size or 0) + 3000
+    assert states[0].done_bytes > kept and states[-1].done_bytes == total, "what was here is no speed of this call"
+    assert all(s.done_bytes >= kept for s in states)
 
 
 def test_corrupt_content_is_fetched_once_more_and_then_named(hub: FaultyHub, tmp_path: Path) -> None:
@@ -141,8 +146,9 @@ def test_a_part_of_another_version_is_not_continued(hub: FaultyHub, tmp_path: Pa
     hub.cut_after.clear()
     new = find_source(DATASET, endpoint=hub.endpoint)
     assert new.revision != source.revision
-    download(new, tmp_path / "out", num_files=1, patience=QUICK)
-    assert hub.ranges["shard_00000"][-1] == 0
+    states: list[State] = []
+    download(new, tmp_path / "out", num_files=1, patience=QUICK, progress=states.append)
+    assert hub.ranges["shard_00000"][-1] == 0 and states[-1].done_bytes == new.files[0].size
     assert list(stored(tmp_path / "out").values()) == list(originals(hub).values())[:1]
 
 
