@@ -87,13 +87,24 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         "comparable_hash": record.get("comparable_hash") or _comparable_hash(config), "variant": _variant(config),
         "cell": _hash(_without(config, "seed")), "seconds": record.get("train_seconds"), "device": record.get("device", ""),
         "num_devices": record.get("num_devices"), "core": record.get("core"),
-        "embedding_share": (params["wte"] + params["value_embeds"]) / total,
+        "embedding_share": (params["wte"] + params["value_embeds"]) / total, "inside": inside_of(record),
     }  # fmt: skip
 
 
 def _curve(record: dict[str, Any]) -> np.ndarray:
     points = [[p["step"], p["num_tokens"], p["train_flops"], p["seconds"], p["val_bpb"]] for p in record.get("curve") or []]
     return np.array(points, dtype=float).reshape(len(points), 5)
+
+
+def inside_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says about the inside of its run: diagnostics (equally long lists by metric, "step" among them), mean seconds
+    of a step by part, each rank's of computing, and seconds until the first step by part. Empty where it says nothing."""
+    return {
+        "diagnostics": record.get("diagnostics") or {},
+        "step_seconds": record.get("step_seconds") or {},
+        "rank_compute_seconds": record.get("rank_compute_seconds") or [],
+        "startup_seconds": record.get("startup_seconds") or {},
+    }
 
 
 def _hash(value: Any) -> str:

@@ -13,8 +13,10 @@ import numpy as np
 from analysis.report import format as fmt
 from analysis.report.cautions import warning_facts
 from analysis.report.facts_allocation import allocation_facts
+from analysis.report.facts_inside import inside_facts
 from analysis.report.facts_runs import cost_facts, noise_facts, production_facts, promotion_facts, run_columns, with_production
 from analysis.report.facts_settings import setting_facts
+from analysis.report.fronts import front_facts
 from analysis.report.verdict import verdict_facts
 from analysis.table import NO_CONVENTION, RunTable
 
@@ -34,10 +36,11 @@ def report_facts(
     production: Mapping[str, Any] | None = None,
     promotions: Sequence[Mapping[str, Any]] | None = None,
     *,
+    fronts: Sequence[Mapping[str, Any]] | None = None,
     title: str = DEFAULT_TITLE,
 ) -> dict[str, Any]:
     """Everything a report says, JSON-ready (no NaN). `laws`: a Laws or its dict. A block without data holds only {"missing":
-    one line}. `production` and `promotions`: see write_report."""
+    one line}. `production`, `promotions` and `fronts`: see write_report."""
     raw: dict[str, Any] = laws.as_dict() if hasattr(laws, "as_dict") else dict(laws)
     facts: dict[str, Any] = {
         "schema_version": FACTS_SCHEMA,
@@ -51,8 +54,11 @@ def report_facts(
     facts |= allocation_facts(raw.get("allocation") or {}, table.frame, facts["convention"], CONVENTION_LABELS)
     facts["production"] = production_facts(production, facts["loss_name"])
     facts["held_out"] = with_production(facts["held_out"], facts["production"])
-    facts |= setting_facts(raw, facts["prediction"], _width_at(table, facts["prediction"].get("N")))
+    facts["width"] = _width_at(table, facts["prediction"].get("N"))
+    facts |= setting_facts(raw, facts["prediction"], facts["width"])
     facts["promotions"] = promotion_facts(promotions)
+    facts["fronts"] = front_facts(fronts)
+    facts["inside"] = inside_facts(table)
     facts["cost"] = cost_facts(table)
     facts["left_out"] = [x.as_dict() for x in table.left_out]
     facts["warnings"] = warning_facts(raw, table, facts)

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from analysis.report import sections, sections_settings
+from analysis.report import fronts, sections, sections_inside, sections_settings
 from analysis.report.blocks import Figures, Html, join, tag
 from analysis.report.figures import build_figures
 from analysis.report.figures.theme import dark_twins
@@ -25,8 +25,10 @@ CONTENTS = (
     ("learning-rate", "Learning rate"),
     ("weight-decay", "Weight decay"),
     ("promotions", "Stage promotions"),
+    ("fronts", fronts.TITLE),
     ("prediction", "Predicted and measured"),
     ("noise", "Noise"),
+    ("inside", "Inside the runs"),
     ("cost", "Cost"),
     ("runs", "Data and runs"),
     ("reading", "How to read this"),
@@ -54,24 +56,7 @@ RUN_COLUMNS = (
 def render(facts: Mapping[str, Any], drawn: pd.DataFrame, *, run_url: str | None = None) -> str:
     """The whole page. `drawn` are the runs shown as points (all, or a sample); `run_url` holds {run_id}, or None."""
     figures = Figures(build_figures(facts, drawn))
-    main = join(
-        [
-            sections.masthead(facts),
-            sections.notices(facts),
-            sections.verdict(facts),
-            sections.isoflop(facts, figures),
-            sections.surface(facts, figures),
-            sections.allocation(facts, figures),
-            *(sections_settings.setting(facts, figures, name) for name in sections_settings.TITLES),
-            sections_settings.promotions(facts),
-            sections.prediction(facts, figures),
-            sections_settings.noise(facts, figures),
-            sections_settings.cost(facts),
-            sections_settings.runs(facts),
-            sections_settings.how_to_read(),
-            _footer(facts),
-        ]
-    )
+    main = join([*page_sections(facts, figures), _footer(facts)])
     values = {
         "title": escape(facts["title"]),
         "css": _asset("report.css"),
@@ -91,6 +76,27 @@ def render(facts: Mapping[str, Any], drawn: pd.DataFrame, *, run_url: str | None
         name, rest = part.split("}}", 1)
         out += [values[name], rest]
     return "".join(out)
+
+
+def page_sections(facts: Mapping[str, Any], figures: Figures) -> list[Html]:
+    """The page from its masthead to how to read it. `figures` without any gives the words and tables alone."""
+    return [
+        sections.masthead(facts),
+        sections.notices(facts),
+        sections.verdict(facts),
+        sections.isoflop(facts, figures),
+        sections.surface(facts, figures),
+        sections.allocation(facts, figures),
+        *(sections_settings.setting(facts, figures, name) for name in sections_settings.TITLES),
+        sections_settings.promotions(facts),
+        fronts.fronts_section(facts, figures),
+        sections.prediction(facts, figures),
+        sections_settings.noise(facts, figures),
+        sections_inside.inside(facts, figures),
+        sections_settings.cost(facts),
+        sections_settings.runs(facts),
+        sections_settings.how_to_read(),
+    ]
 
 
 def script_json(value: Any) -> str:

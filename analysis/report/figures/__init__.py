@@ -9,6 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.report.figures.allocation import allocation_figure
+from analysis.report.figures.front import front_figures
+from analysis.report.figures.inside import inside_figures
 from analysis.report.figures.isoflop import isoflop_figure
 from analysis.report.figures.law import SETTINGS, cells_figure, law_figure
 from analysis.report.figures.noise import noise_figure
@@ -20,7 +22,9 @@ __all__ = [
     "build_figures",
     "cells_figure",
     "error_figure",
+    "front_figures",
     "frontier_figure",
+    "inside_figures",
     "isoflop_figure",
     "law_figure",
     "noise_figure",
@@ -39,6 +43,8 @@ def build_figures(facts: Mapping[str, Any], drawn: pd.DataFrame) -> dict[str, go
         "frontier": frontier_figure(facts),
         "errors": error_figure(facts),
         "noise": noise_figure(facts),
+        **inside_figures(facts),
+        **front_figures(facts),
     }
     for name in SETTINGS:
         block = facts[name]
