@@ -1,8 +1,8 @@
 """Runs one program under guards. Started by sandbox.py in a process of its own, by path: it may import the standard library only.
 
-The argument is a JSON object {"memory_bytes", "cpu_seconds", "file_bytes", "audit_hook", "status_fd"}. The program is read from
-program.py in the working folder, which is the only one it may write to. The status descriptor gets one JSON line with the
-guards in force, and the line "finished" when the program came to its end.
+Standard input is a JSON object {"word", "memory_bytes", "cpu_seconds", "file_bytes", "audit_hook", "status_fd"}. The program is
+read from program.py in the working folder, which is the only one it may write to. The status descriptor gets one JSON line with the
+guards in force, and the word as a line when the program came to its end.
 
 Guards, each applied where the system has it: resource limits; Landlock (Linux 5.13), which confines reading to the interpreter
 and writing to the working folder; a seccomp filter (Linux on x86_64 and aarch64), which refuses sockets, new processes, signals
@@ -25,18 +25,23 @@ _CREATE, _ADD_RULE, _RESTRICT = 444, 445, 446
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_FILTER = 38, 22, 2
 
 # System calls refused with EPERM, by number (arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h):
-# sockets; processes and signals; mounts, modules, keys, limits and other administration; io_uring, which goes round filters.
+# sockets; processes and signals; mounts, modules, keys, limits and other administration; priorities and processors of others;
+# System V memory, semaphores and messages, which outlive a process; io_uring, which goes round filters.
 _COMMON = (424, 425, 434, 438)  # pidfd_send_signal, io_uring_setup, pidfd_open, pidfd_getfd
 _X86_64 = (
     41, 42, 43, 44, 46, 49, 50, 53, 288,  # socket connect accept sendto sendmsg bind listen socketpair accept4
     57, 58, 59, 62, 101, 109, 112, 200, 234, 310, 311, 322,  # fork vfork execve kill ptrace setpgid setsid tkill tgkill vm execveat
     105, 106, 113, 114, 117, 119, 133, 155, 160, 161, 165, 166, 167, 169, 175, 246, 248, 249, 250, 259, 272, 298, 304, 308, 313,
     320, 321, 323,
+    141, 142, 144, 203, 251, 256, 279, 314,  # setpriority sched_setparam -scheduler -affinity ioprio_set migrate_ move_pages -attr
+    29, 64, 68, 240,  # shmget semget msgget mq_open
 )  # fmt: skip
 _AARCH64 = (
     198, 199, 200, 201, 202, 203, 206, 211, 242,
     117, 129, 130, 131, 154, 157, 221, 270, 271, 281,
     33, 39, 40, 41, 51, 97, 104, 105, 142, 144, 145, 146, 147, 149, 164, 217, 218, 219, 224, 241, 265, 268, 273, 280, 282, 294,
+    140, 118, 119, 122, 30, 238, 239, 274,
+    194, 190, 186, 180,
 )  # fmt: skip
 _ARCHITECTURES = {  # audit number, clone, prlimit64, refused
     "x86_64": (0xC000003E, 56, 302, _X86_64),
@@ -178,7 +183,8 @@ def guard(limits: dict[str, Any], work: str) -> list[str]:
 
 
 def main() -> None:
-    limits = json.loads(sys.argv[1])
+    limits = json.loads(sys.stdin.buffer.read())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     status = limits["status_fd"]
     work = os.path.realpath(os.getcwd())
     with open("program.py", encoding="utf8") as f:
@@ -188,7 +194,7 @@ def main() -> None:
     scope = {"__name__": "__main__", "__builtins__": __builtins__}
     exec(compile(source, "<program>", "exec"), scope)
     sys.stdout.flush()
-    os.write(status, b"finished\n")
+    os.write(status, f"\n{limits['word']}\n".encode())
     os._exit(0)  # neither exit handlers nor threads of the program may turn a pass into anything else
 
 

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from nanochat_model import sandbox
 from nanochat_model.calculator import calculate
 from nanochat_model.sandbox import SandboxResult, run_program
 
@@ -34,9 +36,20 @@ def test_only_the_end_counts_as_passed() -> None:
     assert run_program("import os; os._exit(0)").outcome == "ended early"
     assert "SyntaxError" in run_program("def").detail
     assert "RecursionError" in run_program("def f(): f()\nf()").detail
+    says_so = "import os\nfor fd in range(3, 64):\n  try: os.write(fd, b'\\nfinished\\n')\n  except OSError: pass\nos._exit(0)"
+    assert run_program(says_so).outcome == "ended early"
 
 
-@pytest.mark.parametrize("source", ["while True: pass", "import time; time.sleep(60)", "import os\nwhile True: os.getpid()"])
+ENDLESS = {
+    "work": "while True: pass",
+    "sleep": "import time; time.sleep(60)",
+    "calls": "import os\nwhile True: os.getpid()",
+    "output": "while True:\n  try: print('x' * 1000, flush=True)\n  except OSError: pass",
+    "threads": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()",
+}
+
+
+@pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS.keys())
 def test_time_is_up(source: str) -> None:
     started = time.monotonic()
     assert run_program(source, timeout_seconds=0.5).outcome == "timeout"
@@ -52,6 +65,38 @@ def test_memory_and_files_are_bounded() -> None:
     assert run_program(many).passed
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "i = 0\nwhile True:\n  i += 1\n  open(str(i), 'wb').write(bytes(4_000_000))",
+        "import os\ni = 0\nwhile True:\n  i += 1\n  os.mkdir(str(i))",
+        "import os\nwhile True:\n  os.mkdir('d' * 250)\n  os.chdir('d' * 250)",
+    ],
+    ids=["large", "many", "deep"],
+)
+def test_a_full_folder_ends_a_program_and_is_removed(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run_program(source, timeout_seconds=60, audit_hook=False).outcome == "files"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_program_leaves_is_removed_however_deep(tmp_path: Path) -> None:
+    """Deeper than Python's stack, and closed."""
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "1.d").mkdir()
+    folder = os.open(root / "1.d", os.O_RDONLY)
+    for _ in range(1100):
+        os.mkdir("d", dir_fd=folder)
+        inner = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.mkdir("closed", 0o000, dir_fd=folder)
+    os.close(folder)
+    sandbox._remove(root)
+    assert not root.exists()
+
+
 REFUSED = {
     "a socket": "import socket; socket.socket()",
     "a connection": "import urllib.request; urllib.request.urlopen('http://127.0.0.1:1')",
@@ -61,6 +106,10 @@ REFUSED = {
     "a shell": "import os; assert os.system('true') == 0",
     "a process pool": "import multiprocessing as m; m.Process(target=print).start()",
     "a signal to the parent": "import os; os.kill(os.getppid(), 9)",
+    "the whole group": "import os; os.kill(0, 9)",
+    "a stop": "import signal; signal.raise_signal(signal.SIGSTOP)",
+    "a pair of sockets": "import socket; socket.socketpair()",
+    "a terminal": "import pty; pty.fork()",
     "limits": "import resource as r; r.setrlimit(r.RLIMIT_CPU, (9999, 9999))",
 }
 
@@ -70,6 +119,14 @@ def test_refused_by_the_hook_and_by_the_kernel(what: str) -> None:
     assert not run_program(REFUSED[what]).passed
     if KERNEL:
         assert bare(REFUSED[what]).outcome in ("error", "killed")
+
+
+@pytest.mark.skipif("seccomp" not in PROBE.guards, reason="without seccomp nothing keeps these")
+def test_the_parent_stays_as_it_is() -> None:
+    before = os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0)
+    assert run_program("import os; os.sched_setaffinity(os.getppid(), {0})").outcome == "error"
+    assert run_program("import os; os.setpriority(os.PRIO_PROCESS, os.getppid(), 5)").outcome == "error"
+    assert before == (os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0))
 
 
 def test_no_file_outside_is_written_or_read(tmp_path: Path) -> None:
@@ -83,7 +140,8 @@ def test_no_file_outside_is_written_or_read(tmp_path: Path) -> None:
         ):
             assert run(source).outcome == "error", source
         if KERNEL:
-            assert "Permission denied" in run(f"open({str(secret)!r}).read()").detail
+            for path in (str(secret), "/etc/passwd", f"/proc/{os.getpid()}/environ"):
+                assert "Permission denied" in run(f"open({path!r}).read()").detail
     assert secret.read_text() == "x" and not target.exists()
 
 
