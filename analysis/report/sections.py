@@ -99,6 +99,7 @@ def config_table(target: Facts, title: str) -> Html:
     for key, word, formatter, unit in (
         ("N", "Parameters", fmt.count, ""),
         ("D", "Tokens", fmt.count, ""),
+        ("width", "Model width", fmt.whole, ""),
         ("batch_size", "Batch", fmt.whole, " tokens"),
         ("learning_rate", "Matrix learning rate", fmt.significant, ""),
         ("weight_decay", "Weight decay", fmt.significant, ""),
@@ -112,7 +113,7 @@ def config_table(target: Facts, title: str) -> Html:
         if fmt.is_number(number):
             assert isinstance(number, (int, float))
             rows.append((word, formatter(number) + unit, note))
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and value:
             rows.append((word, "not fitted", note))
     body = [tag("tr", [tag("td", t), tag("td", [v, tag("small", n)] if n else v)]) for t, v, n in rows]
     return tag("table", [tag("caption", title), tag("tbody", body)], "config")
@@ -272,11 +273,21 @@ def prediction(facts: Facts, figures: Figures) -> Html:
                 "How far each prediction missed: the higher budget was hidden, predicted from the lower ones, then compared.",
             )
         )
+        if held_out.get("rows"):
+            body.append(details("Each budget held out", held_out_table(held_out["rows"])))
     body.append(tag("h3", "Against the production run"))
     body.append(missing(production["missing"]) if production.get("missing") else production_table(production, facts["loss_name"]))
     if frontier.get("missing"):
         body.insert(1, missing(frontier["missing"]))
     return section("prediction", "Predicted and measured", join(body), facts["prediction"].get("verdict"))
+
+
+def held_out_table(held_out: list[Mapping[str, Any]]) -> Html:
+    rows = [
+        [r["label"], fmt.loss(r["predicted"]), fmt.interval(r.get("low"), r.get("high"), fmt.loss), fmt.loss(r["measured"])]
+        for r in held_out
+    ]
+    return table(["Held out", "Predicted", "90% interval", "Measured"], rows, numbers=(1, 2, 3))
 
 
 def production_table(production: Facts, loss_name: str) -> Html:

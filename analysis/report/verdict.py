@@ -9,6 +9,7 @@ from typing import Any
 from analysis.report import format as fmt
 
 SETTING_WORDS = {"batch_size": "batch", "learning_rate": "learning rate", "weight_decay": "weight decay"}
+WIDTH_NOTE = "no law: read off the runs' own shapes, a line of log width over log N"
 ALLOCATION_KEYS = ("by", "C", "N", "N_low", "N_high", "D", "D_low", "D_high", "ratio", "ratio_low", "ratio_high")
 
 
@@ -18,6 +19,7 @@ def verdict_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     recommended: dict[str, Any] = {k: prediction.get(k) for k in ALLOCATION_KEYS}
     recommended["C_note"] = _distance(prediction)
     recommended["loss"] = {k: prediction.get(k) for k in ("value", "low", "high", "surface")}
+    recommended["width"] = _width(facts.get("width"))
     for name in SETTING_WORDS:
         recommended[name] = facts[name].get("target") or {"note": "not swept: the recipe's own rule holds"}
     status = _status(facts)
@@ -26,6 +28,11 @@ def verdict_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         sentences[0] = f"These runs do not carry a recommendation; the fit as it stands says: {_lower(sentences[0])}"
         sentences[1] = sentences[1].replace("Use a", "It would take a", 1)
     return {"status": status, "sentences": sentences, "recommended": recommended}
+
+
+def _width(value: Any) -> dict[str, Any]:
+    """Not a law of these runs: where the number comes from stands beside it."""
+    return {"value": value, "note": WIDTH_NOTE} if fmt.is_number(value) else {}
 
 
 def _lower(text: str) -> str:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
-from report_inputs import TARGET, fitted, production, promotions
+from report_inputs import TARGET, fitted, fronts, production, promotions
 from synthetic_ladder import DEMO
 
 from analysis.laws import Laws, fit_laws
 from analysis.report import report_facts, to_markdown
 from analysis.report.figures import build_figures
+from analysis.report.html import CONTENTS, render
 from analysis.report.write import drawn_runs
 from analysis.table import RunTable, load_csv
 
@@ -30,7 +35,7 @@ def demo() -> tuple[Laws, RunTable]:
 @pytest.fixture(scope="module")
 def facts(demo: tuple[Laws, RunTable]) -> dict[str, Any]:
     laws, table = demo
-    return report_facts(laws, table, production(measured=1.63), promotions(), title="A ladder")
+    return report_facts(laws, table, production(measured=1.63), promotions(), fronts=fronts(), title="A ladder")
 
 
 def test_facts_are_json_and_the_same_from_the_file(demo: tuple[Laws, RunTable], tmp_path: Path):
@@ -134,15 +139,87 @@ def test_a_production_run_after_the_fit_is_no_other_table(demo: tuple[Laws, RunT
     assert "production" in facts["runs"]["columns"]["use"]
 
 
-def test_markdown_tells_the_same_numbers(facts: dict[str, Any]):
+class Cells(HTMLParser):
+    """Sections of a page -> {anchor: texts of its table cells and leads}."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.anchor, self.texts, self.inside = "", {}, 0
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = dict(attrs)
+        if tag == "section":
+            self.anchor = known["id"] or ""
+            self.texts[self.anchor] = []
+        self.inside = 1 if tag in ("td", "dd", "li") or (tag == "p" and known.get("class") in ("lead", "missing")) else self.inside
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = 0 if tag in ("td", "dd", "li", "p") else self.inside
+
+    def handle_data(self, data: str) -> None:
+        if self.anchor and self.inside and data.strip():
+            self.texts[self.anchor].append(data.strip())
+
+
+NUMBER = re.compile(r"(\d[\d,]*(?:\.\d+)?)(×10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+|[kMBT%]\b|%| min| h)?")
+POWERS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, "%": 0.01, " min": 60.0, " h": 3600.0}
+
+
+def numbers(text: str) -> list[tuple[float, float]]:
+    """Each number written in `text`, and by how much rounding may have moved it."""
+    out = []
+    for digits, unit in NUMBER.findall(text):
+        scale = 10.0 ** int(unit[3:].translate(POWERS)) if unit.startswith("×") else UNITS[unit]
+        plain = digits.replace(",", "")
+        out.append((float(plain) * scale, 0.51 * 10.0 ** -len(plain.partition(".")[2]) * scale))
+    return out
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, list)):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from leaves(v)
+    else:
+        yield value
+
+
+def test_page_markdown_and_json_tell_the_same(facts: dict[str, Any], demo: tuple[Laws, RunTable]):
+    page = Cells(render(facts, drawn_runs(demo[1])[0])).texts
+    told = to_markdown(facts)
+    known = list(leaves(json.loads(json.dumps(facts))))
+    values = np.sort([abs(v) for v in known if isinstance(v, (int, float)) and not isinstance(v, bool)])
+    words = {v for v in known if isinstance(v, str) and len(v) > 3}
+    assert set(page) == {anchor for anchor, _ in CONTENTS}
+    for anchor, texts in page.items():
+        assert texts, anchor
+        for text in texts:
+            assert text in told, (anchor, text)
+            if anchor == "reading" or any(text in word for word in words):
+                continue
+            for word in words:
+                text = text.replace(word, "")
+            for value, half in numbers(text):
+                near = np.searchsorted(values, [value - half, value + half], side="left")
+                assert near[1] > near[0] or np.isin(value, values), (anchor, text, value)
+
+
+def test_markdown_holds_every_run_and_warning(facts: dict[str, Any]):
     text = to_markdown(facts)
     for sentence in facts["verdict"]["sentences"]:
         assert sentence in text
-    assert text.count("\n## ") == 12
+    assert text.count("\n## ") == len(CONTENTS)
     assert all(run_id in text for run_id in facts["runs"]["columns"]["run_id"])
     assert all(w["text"] in text for w in facts["warnings"])
     assert facts["left_out"][0]["reason"] in text
-    assert "| adopt |" in text and "+0.30%" not in text
+    assert "| adopt |" in text and "<" not in text.replace("<=", "")
+
+
+def test_the_width_says_that_it_is_no_law(facts: dict[str, Any]):
+    width = facts["verdict"]["recommended"]["width"]
+    assert width["value"] == pytest.approx(facts["width"]) and "no law" in width["note"]
+    assert "| Model width | " in to_markdown(facts)
 
 
 def test_warnings_about_many_budgets_are_one_line_and_prediction_reasons_are_not_said_twice(demo: tuple[Laws, RunTable]):
