@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal, TypeAlias
@@ -138,7 +138,7 @@ def execute_ladder(
         sweep = ladder.stage_sweep(stage, variants, stage_recipe(ladder, stage, workspace))
         judging: dict[str, Any] = {"alpha": ladder.alpha, "min_gain": ladder.min_gain, "before": promotions}
         chosen = finalists(sweep, stage.finalists, run)
-        final = replace(sweep, variants={k: v for k, v in sweep.variants.items() if k in (BASELINE, *chosen)})
+        final = final_of(sweep, chosen)
         runs = run(final)
         judged = judge_stage(final, runs, noise=noise, num_candidates=len(sweep.variants) - 1, **judging)
         if len(final.variants) < len(sweep.variants):
@@ -186,6 +186,11 @@ def finalists(sweep: Sweep, count: int, run: Callable[[Sweep], RunsByVariant]) -
         return candidates
     screened = run(screening(sweep))
     return sorted(candidates, key=lambda name: -mean_gain(screened[BASELINE], screened[name]))[:count]
+
+
+def final_of(sweep: Sweep, chosen: Collection[str]) -> Sweep:
+    """The same stage with the baseline and the chosen candidates alone."""
+    return replace(sweep, variants={k: v for k, v in sweep.variants.items() if k == BASELINE or k in chosen})
 
 
 # Values that the recipe's rules work out from each cell's own N, D and B: a winner's goes on as a multiple of them.

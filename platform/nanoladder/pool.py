@@ -52,6 +52,10 @@ class Study(Protocol):
 
     def widen(self, ranges: Mapping[str, Uniform | LogUniform], more_trials: int) -> None: ...
 
+    def describe(self) -> dict[str, Any]: ...
+
+    def release(self) -> None: ...
+
 
 class Records(Protocol):
     """Where a pool finds and leaves records."""

@@ -130,7 +130,7 @@ def estimate_throughput(
             raise ConfigError(f"mfu {mfu} needs a known peak, {device!r} has none; give --tokens-per-second")
         rate = mfu * spec.peak_flops(precision) * num_devices
         return _throughput(rate, per_token, spec, num_devices, precision, f"given MFU {mfu:.0%}", False, mfu)
-    recorded = _recorded_rate(model, device, spec, records)
+    recorded = _recorded_rate(model, device, records)
     if recorded is not None:
         rate, n = recorded
         source = f"measured: median of the {n} recorded runs on {device} nearest in size"
@@ -165,15 +165,17 @@ def _throughput(
     )
 
 
-def _recorded_rate(
-    model: GPTConfig, device: str, spec: DeviceSpec | None, records: Sequence[RunRecord]
-) -> tuple[float, int] | None:
+def _recorded_rate(model: GPTConfig, device: str, records: Sequence[RunRecord]) -> tuple[float, int] | None:
     """FLOP/s per device of the recorded runs on this device nearest in N, and how many they are."""
-    n = count_params(model).scaling
-    same = [r for r in records if r.status == "complete" and r.train_seconds > 0 and _same_device(r.device, device, spec)]
-    same.sort(key=lambda r: abs(math.log(r.params["scaling"] / n)))
-    rates = sorted(r.train_flops / r.train_seconds / r.num_devices for r in same[:NEAREST_RUNS])
+    rates = sorted(r.train_flops / r.train_seconds / r.num_devices for r in nearest_runs(model, device, records))
     return (rates[len(rates) // 2], len(rates)) if rates else None
+
+
+def nearest_runs(model: GPTConfig, device: str, records: Sequence[RunRecord]) -> list[RunRecord]:
+    """The complete runs on `device` whose N is nearest to the model's, at most NEAREST_RUNS."""
+    n, spec = count_params(model).scaling, find_device(device)
+    same = [r for r in records if r.status == "complete" and r.train_seconds > 0 and _same_device(r.device, device, spec)]
+    return sorted(same, key=lambda r: abs(math.log(r.params["scaling"] / n)))[:NEAREST_RUNS]
 
 
 def _same_device(recorded: str, wanted: str, spec: DeviceSpec | None) -> bool:

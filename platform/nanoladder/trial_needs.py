@@ -20,9 +20,9 @@ CHECKPOINT_SECONDS = 120.0  # shorter trials write no checkpoints: training them
 CHECKPOINT_EVERY_SECONDS = 300.0
 
 
-def trial_speed(sweep: Sweep, trial: Trial, device: str, records: Sequence[RunRecord]) -> Throughput:
-    """Speed of a trial on its devices, alone on them: from recorded runs there, else assumed."""
-    return estimate_throughput(trial.config.model, device, num_devices=sweep.devices_per_trial, records=records)
+def trial_speed(sweep: Sweep, trial: Trial, device: str, records: Sequence[RunRecord], mfu: float | None = None) -> Throughput:
+    """Speed of a trial on its devices, alone on them: by a given MFU, else from recorded runs there, else assumed."""
+    return estimate_throughput(trial.config.model, device, num_devices=sweep.devices_per_trial, records=records, mfu=mfu)
 
 
 def trial_seconds(sweep: Sweep, trial: Trial, speed: Throughput) -> float:

@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command] = {
     "count": Command("count", "Count", "parameters and FLOPs of a depth"),
     "train": Command("runs", "Train", "one pretraining run in this process, without Ray"),
     "sweep": Command("runs", "SweepCommand", "run a sweep file on Ray"),
+    "simulate": Command("simulate", "Simulate", "a sweep on a fleet before it is booked: time, use, failures, cost"),
     "submit": Command("submit", "Submit", "a sweep file as a job on a Ray cluster"),
     "doctor": Command("doctor", "Doctor", "whether this machine, or every node of a cluster, is fit to train"),
     "status": Command("status", "Status", "how far sweeps are: running, done, failed and why, best, time left, cost"),
