@@ -48,6 +48,7 @@ class StepOutcome:
     loss: float  # nats a token over the global batch; nan or inf where it overflowed
     skipped: bool  # nothing was updated: some rank's loss or gradient was not finite
     blamed: bool  # skipped, and not just because the fp16 loss scale was too high
+    empty: bool = False  # skipped, because the batch has nothing to learn: there is no loss
 
 
 @dataclass
@@ -121,7 +122,7 @@ class Stepper:
     def step(self, batch: Batch, multipliers: Multipliers) -> StepOutcome:
         """Forward, backward and update; or, if a value is not finite on any rank, no update on all of them."""
         if batch.num_targets == 0:  # nothing to learn here, and the same on every rank
-            return StepOutcome(loss=math.nan, skipped=True, blamed=False)
+            return StepOutcome(loss=math.nan, skipped=True, blamed=False, empty=True)
         outcome = self.agree(self.forward_backward(batch))
         self.apply(outcome, multipliers)
         return outcome

@@ -28,7 +28,8 @@ class Progress:
     curve: list[CurvePoint] = field(default_factory=list)
     smooth: SmoothLoss = field(default_factory=SmoothLoss)
     last_loss: float = math.nan
-    skipped_steps: int = 0
+    skipped_steps: int = 0  # a value was not finite
+    empty_steps: int = 0  # the batch had nothing to learn
     bad_streak: int = 0
     bad_since: int = 0  # step at which the current streak of non-finite values began
     bad_where: str = ""  # the layer it began in
@@ -52,11 +53,15 @@ class Progress:
     def val_bpb(self) -> float | None:
         return self.curve[-1].val_bpb if self.curve and self.curve[-1].step == self.step else None
 
-    def after_step(self, loss: float, *, skipped: bool) -> None:
+    def after_step(self, loss: float, *, skipped: bool, empty: bool = False) -> None:
+        """`empty`: the batch had no target, so the loss before it stands and nothing is wrong."""
         self.step += 1
         self.steps_here += 1
-        self.last_loss = loss
-        if skipped:
+        if not empty:
+            self.last_loss = loss
+        if empty:
+            self.empty_steps += 1
+        elif skipped:
             self.skipped_steps += 1
         else:
             self.smooth.add(loss)
@@ -115,6 +120,7 @@ class Progress:
             "smooth_total": self.smooth.total,
             "smooth_weight": self.smooth.weight,
             "skipped_steps": self.skipped_steps,
+            "empty_steps": self.empty_steps,
             "bad_streak": self.bad_streak,
             "bad_since": self.bad_since,
             "bad_where": self.bad_where,
@@ -127,6 +133,7 @@ class Progress:
         self.curve = [p for p in curve if p.step <= step]
         self.smooth = SmoothLoss(total=loop.get("smooth_total", 0.0), weight=loop.get("smooth_weight", 0.0))
         self.skipped_steps = loop.get("skipped_steps", 0)
+        self.empty_steps = loop.get("empty_steps", 0)
         self.bad_streak = loop.get("bad_streak", 0)
         self.bad_since = loop.get("bad_since", 0)
         self.bad_where = loop.get("bad_where", "")

@@ -86,7 +86,7 @@ class Runner:
             metrics, outcome = timed_step(self.session.stepper, self.session.batch, at, multipliers)
         else:
             outcome = self.session.stepper.step(self.session.batch(at), multipliers)
-        p.after_step(outcome.loss, skipped=outcome.skipped)
+        p.after_step(outcome.loss, skipped=outcome.skipped, empty=outcome.empty)
         garbage.after_step(p.steps_here)
         if outcome.blamed:
             self._note_non_finite(at)

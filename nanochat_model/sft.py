@@ -231,7 +231,7 @@ def _attempt(
         num_truncated=loader.num_truncated,
         num_supervised_tokens=task.data.train.num_supervised_tokens,
         num_steps=progress.step,
-        skipped_steps=progress.skipped_steps,
+        skipped_steps=progress.skipped_steps + progress.empty_steps,
         sources=task.data.sources,
         error=record.error,
         parents=session.parents,

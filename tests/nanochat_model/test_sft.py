@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from task_files import write_jsonl
 from tiny_run import RUNTIME, tiny_config
 
 from nanochat_model.callbacks import Callback, StepInfo
@@ -62,6 +64,7 @@ class Losses(Callback):
         if info.step == self.crash_at:
             raise InterruptedError
         self.losses[info.step] = info.train_loss
+        self.skipped = info.skipped_steps
 
 
 CONFIG = SFTConfig(num_steps=12, val_fraction=0.3, eval_every_steps=6)
@@ -148,6 +151,19 @@ def test_a_batch_without_anything_to_learn_is_passed_over(tmp_path: Path) -> Non
     outcome = stepper.step(Batch(inputs=rows, targets=rows - 1, num_targets=0), multipliers_at(config, 0))
     assert outcome.skipped and not outcome.blamed
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_a_run_with_batches_of_nothing_to_learn_shows_no_nan_and_no_trouble(base: Path, tmp_path: Path) -> None:
+    """Rows that a question fills alone: they are passed over, and the loss before them stands."""
+    short = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes " * 9}] for i in range(8)]
+    long = [[{"role": "user", "content": f"{i} " + "ab" * 200}, {"role": "assistant", "content": "no"}] for i in range(8)]
+    path = write_jsonl(tmp_path / "chat.jsonl", [x for pair in zip(short, long, strict=True) for x in pair])
+    losses, config = Losses(), SFTConfig(batch_tokens=64, num_epochs=2, val_fraction=0.3)
+    record = sft(config, RUNTIME, base_checkpoint=base, conversations=path, run_dir=tmp_path / "run", callbacks=[losses])
+    assert record.status == "complete" and 0 < record.skipped_steps < record.num_steps and record.num_truncated > 0
+    finite = [step for step, loss in losses.losses.items() if math.isfinite(loss)]
+    assert finite == list(range(finite[0], record.num_steps + 1)) and finite[0] <= record.skipped_steps + 1
+    assert losses.skipped == 0, "nothing was wrong"
 
 
 def test_only_supervised_targets_count(base: Path) -> None:
