@@ -35,6 +35,9 @@ class StepInfo:
     mfu: float | None  # fraction of the named peak; None where the peak is unknown
     skipped_steps: int = 0  # so far, because of non-finite values
     diagnostics: dict[str, float] = field(default_factory=dict)  # filled every diagnostics_every_steps
+    startup_seconds: dict[str, float] = field(default_factory=dict)  # as in RunRecord, and the next two as well
+    step_seconds: dict[str, float] = field(default_factory=dict)
+    rank_compute_seconds: tuple[float, ...] = ()
 
 
 class Callback:

@@ -26,12 +26,12 @@ MAX_ROWS = 2  # rows of the forward pass that looks at activations; logits (H, T
 
 def measured_step(
     stepper: Stepper, batch_of: Callable[[int], Batch], step: int, multipliers: Multipliers
-) -> tuple[dict[str, float], StepOutcome]:
-    """One training step that also measures. The update is the one an unmeasured step would make.
+) -> tuple[dict[str, float], dict[str, float], StepOutcome]:
+    """One training step that also measures: metrics, this rank's seconds by part as `timed_step` gives them, and the outcome. The
+    update is the one an unmeasured step would make.
 
     Metrics: `gradient_norm/<weight>` (mean over ranks' gradients, before the optimizer), `update_norm/<weight>`,
-    `update_to_weight/<weight>`, those of `activation_metrics` and `lambda_metrics`, and `step_seconds/<part>`. Every rank must
-    call it.
+    `update_to_weight/<weight>`, and those of `activation_metrics` and `lambda_metrics`. Every rank must call it.
     """
     model = stepper.model
     metrics = activation_metrics(model, batch_of(step), stepper) | lambda_metrics(model)
@@ -42,13 +42,13 @@ def measured_step(
         for name, p in names.items():
             metrics[f"gradient_norm/{name}"] = _norm(_mean_gradient(p, stepper))
 
-    times, outcome = timed_step(stepper, batch_of, step, multipliers, gradient_norms)
+    seconds, outcome = timed_step(stepper, batch_of, step, multipliers, gradient_norms)
     for name, p in names.items():
         weight, update = _norm(before[name]), _norm(p.detach() - before[name])
         metrics[f"update_norm/{name}"] = update
         if weight > 0:  # projections start at zero
             metrics[f"update_to_weight/{name}"] = update / weight
-    return metrics | times, outcome
+    return metrics, seconds, outcome
 
 
 def _short(name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -127,13 +127,16 @@ class Stepper:
         self.apply(outcome, multipliers)
         return outcome
 
-    def apply(self, outcome: StepOutcome, multipliers: Multipliers) -> None:
-        """The optimizer's part of a step, after the ranks agreed on `outcome`."""
+    def apply(self, outcome: StepOutcome, multipliers: Multipliers, mark: Callable[[str], None] | None = None) -> None:
+        """The optimizer's part of a step, after the ranks agreed on `outcome`. `mark`: see MuonAdamW.step."""
         if not outcome.skipped:
             if self.loss_scale.value != 1.0:
                 torch._foreach_mul_(self._gradients(), 1.0 / self.loss_scale.value)
             self.optimizer.step(
-                lr_multiplier=multipliers.lr, momentum=multipliers.momentum, weight_decay_multiplier=multipliers.weight_decay
+                lr_multiplier=multipliers.lr,
+                momentum=multipliers.momentum,
+                weight_decay_multiplier=multipliers.weight_decay,
+                mark=mark,
             )
         self.optimizer.zero_grad()
         self.loss_scale.update(overflow=outcome.skipped)

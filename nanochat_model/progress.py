@@ -9,8 +9,10 @@ from typing import Any
 from nanochat_model.callbacks import StepInfo
 from nanochat_model.config import TrainConfig
 from nanochat_model.counts import flops_per_token
+from nanochat_model.distributed import Ranks
 from nanochat_model.loop import Clock, SmoothLoss
-from nanochat_model.record import CurvePoint
+from nanochat_model.record import Columns, CurvePoint, add_measurement
+from nanochat_model.step_times import StepTimes
 
 GIVE_UP_STEPS = 10  # consecutive non-finite steps after which a run has failed
 
@@ -34,6 +36,9 @@ class Progress:
     bad_since: int = 0  # step at which the current streak of non-finite values began
     bad_where: str = ""  # the layer it began in
     core: float | None = None
+    times: StepTimes = field(default_factory=lambda: StepTimes(Ranks()))
+    startup_seconds: dict[str, float] = field(default_factory=dict)  # until the first step of this process was done, by part
+    diagnostics: Columns = field(default_factory=dict)
     _reported: tuple[int, float] = (0, 0.0)  # step and seconds of the previous report
     _timed_from: tuple[int, float] | None = None  # step and seconds after the first step of this process (compilation left out)
 
@@ -68,6 +73,7 @@ class Progress:
             self.bad_streak = 0
         if self._timed_from is None:
             self._timed_from = (self.step, self.clock.seconds)
+            self.startup_seconds["first_step"] = self.clock.seconds - self._reported[1]
 
     def mfu(self, tokens_per_second: float | None) -> float | None:
         """Fraction of the peak dense FLOP/s of all devices; None where the peak is unknown."""
@@ -95,11 +101,18 @@ class Progress:
         self.curve.append(point)
         return point
 
+    def note_diagnostics(self, metrics: dict[str, float]) -> None:
+        """Keep what was measured after the present step."""
+        if metrics:
+            add_measurement(self.diagnostics, self.step, metrics)
+
     def step_info(self, lr_multiplier: float, diagnostics: dict[str, float]) -> StepInfo:
+        """What callbacks are told. Every rank must call it: the times of timed steps are gathered here."""
         step, seconds = self._reported
         now = self.clock.seconds
         rate = (self.step - step) * self.config.batch_tokens / max(now - seconds, 1e-9)
         self._reported = (self.step, now)
+        self.times.gather()
         return StepInfo(
             step=self.step,
             num_steps=self.config.num_steps,
@@ -113,6 +126,9 @@ class Progress:
             mfu=self.mfu(rate),
             skipped_steps=self.skipped_steps,
             diagnostics=diagnostics,
+            startup_seconds=dict(self.startup_seconds),
+            step_seconds=self.times.mean,
+            rank_compute_seconds=self.times.compute_by_rank,
         )
 
     def as_loop_state(self) -> dict[str, Any]:
@@ -125,6 +141,7 @@ class Progress:
             "bad_since": self.bad_since,
             "bad_where": self.bad_where,
             "core": self.core,
+            "diagnostics": self.diagnostics,
         }
 
     def restore(self, step: int, curve: tuple[CurvePoint, ...], loop: dict[str, Any]) -> None:
@@ -138,4 +155,5 @@ class Progress:
         self.bad_since = loop.get("bad_since", 0)
         self.bad_where = loop.get("bad_where", "")
         self.core = loop.get("core")
+        self.diagnostics = loop.get("diagnostics", {})
         self._reported = (step, self.clock.seconds)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nanochat_model.config import TrainConfig
 from nanochat_model.errors import ConfigError
@@ -27,6 +29,25 @@ class CurvePoint:
     seconds: float  # of training so far, evaluation and saving left out
     val_bpb: float
     train_loss: float | None = None  # nats a token, smoothed
+
+
+# Measurements as equally long lists: "step" (steps done), and one list a metric, None where it was not finite or not measured.
+Columns = dict[str, list[Any]]
+MOST_MEASUREMENTS = 64  # beyond, every second is dropped: a plot of a weeks' run needs no more, and records stay small
+
+
+def add_measurement(columns: Columns, step: int, metrics: Mapping[str, float]) -> None:
+    """Append a row to `columns`, to 4 digits."""
+    steps = columns.setdefault("step", [])
+    for name in dict.fromkeys((*columns, *metrics)):
+        if name != "step":
+            value = metrics.get(name, math.nan)
+            column = columns.setdefault(name, [None] * len(steps))
+            column.append(float(f"{value:.4g}") if math.isfinite(value) else None)
+    steps.append(step)
+    if len(steps) > MOST_MEASUREMENTS:
+        for column in columns.values():
+            del column[-2::-2]  # the newest stays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +83,14 @@ class RunRecord:
     total_seconds: float = 0.0
     micro_batch_rows: int = 0  # rows of one forward pass on one device; 0: not known
     peak_memory_bytes: float | None = None  # of one accelerator, as torch's allocator counts it
+    # Of the process that ended the run, mean seconds of a step by part (data, compute, wait for slower ranks, communication,
+    # optimizer) over the steps that were timed, and each rank's part of it that is compute; {} and () where none was.
+    step_seconds: dict[str, float] = field(default_factory=dict)
+    rank_compute_seconds: tuple[float, ...] = ()
+    # Of that process, seconds until its first step was done: process (CPU seconds before the run, where it is the process's
+    # first: interpreter, imports), build (model, optimizer, data), first_step (compilation).
+    startup_seconds: dict[str, float] = field(default_factory=dict)
+    diagnostics: Columns = field(default_factory=dict)  # of runtime.diagnostics_every_steps: see nanochat_model.diagnostics
     out_of_memory: tuple[str, ...] = ()  # one line for each time that memory ran out and the micro-batch was halved
     git_commit: str = ""
     parents: dict[str, str] = field(default_factory=dict)  # name of the artifact -> content hash

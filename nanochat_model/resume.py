@@ -19,6 +19,11 @@ from nanochat_model.schedule import lr_multiplier, muon_momentum, weight_decay_m
 #   follow_new  go on along the new schedule, although the steps already done followed the old one (tagged in the record)
 HorizonChange = Literal["refuse", "exact", "follow_new"]
 NOT_IDENTITY = ("data.path", "eval.every_steps")
+RESOLVED_KEYS = (
+    "batch_tokens",
+    "optimizer.weight_decay",
+    *(f"optimizer.{g}_lr" for g in ("matrix", "embedding", "unembedding", "scalar")),
+)
 HORIZON_KEYS = ("num_steps", "schedule.warmdown_fraction", "schedule.final_lr_fraction")
 
 
@@ -69,10 +74,13 @@ def check_same_run(old: TrainConfig, new: TrainConfig, step: int, horizon_change
     if not changed:
         return False
     listed = "; ".join(f"{k} {v}" for k, v in changed.items())
-    if set(changed) - set(HORIZON_KEYS):
-        raise ConfigError(
-            f"{where} belongs to another config ({listed}); give another run folder, or resume with the config it has"
-        )
+    others = [k for k in changed if k not in HORIZON_KEYS]
+    if others:
+        remedy = "give another run folder, or resume with the config it has"
+        if "num_steps" in changed and set(others) <= set(RESOLVED_KEYS):
+            keep = " ".join(f"{k}={_get(old, k)}" for k in others)
+            remedy += f"; to take this run to another horizon, set what the recipe derives from it: {keep}"
+        raise ConfigError(f"{where} belongs to another config ({listed}); {remedy}")
     if horizon_change == "refuse":
         raise ConfigError(
             f"{where} was made for another horizon ({listed}); say how to treat the schedule with horizon_change: 'exact' (only if "

@@ -19,7 +19,8 @@ from nanochat_model.progress import GIVE_UP_STEPS, Progress
 from nanochat_model.record import Status
 from nanochat_model.resume import multipliers_at
 from nanochat_model.session import Session
-from nanochat_model.step_times import is_low, likely_cause, timed_step
+from nanochat_model.step_shares import is_low, likely_cause
+from nanochat_model.step_times import timed_step
 
 SETTLED_STEPS = 20  # steps after which compilation and warm-up no longer weigh on the rate
 _log = logging.getLogger(__name__)
@@ -53,8 +54,7 @@ class Runner:
         self.parents = parents
         self.kind: Literal["base", "sft"] = kind
         self.extra = extra or {}  # what state.json keeps beyond pretraining's fields
-        self._explain_next = False  # whether the next step is timed, to say why MFU is low
-        self._explained = False
+        self._explained = False  # whether it was said why MFU is low
         self._saved_step = progress.step  # of the newest checkpoint: the one resumed from, or none worth writing at 0
         self._saved_at = time.monotonic()
 
@@ -80,12 +80,14 @@ class Runner:
         at = p.step
         multipliers = multipliers_at(self.config, at)
         metrics: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         if _due(at + 1, self.runtime.diagnostics_every_steps):
-            metrics, outcome = diagnostics.measured_step(self.session.stepper, self.session.batch, at, multipliers)
-        elif self._explain_next:
-            metrics, outcome = timed_step(self.session.stepper, self.session.batch, at, multipliers)
+            metrics, seconds, outcome = diagnostics.measured_step(self.session.stepper, self.session.batch, at, multipliers)
+        elif p.times.due(p.steps_here):
+            seconds, outcome = timed_step(self.session.stepper, self.session.batch, at, multipliers)
         else:
             outcome = self.session.stepper.step(self.session.batch(at), multipliers)
+        p.times.add(seconds)
         p.after_step(outcome.loss, skipped=outcome.skipped, empty=outcome.empty)
         garbage.after_step(p.steps_here)
         if outcome.blamed:
@@ -120,6 +122,7 @@ class Runner:
             return False
         info = p.step_info(multipliers.lr, metrics) if report else None
         p.clock.stop()
+        p.note_diagnostics(metrics)
         if info is not None:
             self._explain_low_mfu(info)
             self.callbacks.call("on_step", info)
@@ -132,20 +135,22 @@ class Runner:
         return not last and self._stop_agreed()
 
     def _explain_low_mfu(self, info: StepInfo) -> None:
-        """Once a run: where MFU is low on a GPU, time a step and say what the likely cause is."""
-        if self._explain_next and info.diagnostics:
-            self._explain_next, self._explained = False, True
-            rows = self.session.stepper.micro_batch_rows * self.config.model.sequence_len
-            windowed = min(self.config.model.windows) < self.config.model.sequence_len
-            attention = self.session.model.choose_attention(self.session.device)
-            mfu, usual = info.mfu or 0.0, self.runtime.usual_mfu
-            cause = likely_cause(
-                info.diagnostics, micro_batch_tokens=rows, attention=attention, windowed=windowed, mfu=mfu, usual_mfu=usual
-            )
-            if self.ranks.is_main:
-                _log.warning("MFU is %.0f%% of the device's peak%s: %s", 100 * mfu, _beside(usual), cause)
-        elif not self._explained and self.progress.steps_here >= SETTLED_STEPS and info.mfu is not None:
-            self._explain_next = all_max([float(is_low(info.mfu, self.runtime.usual_mfu))])[0] > 0
+        """Once a run: where MFU is low on a GPU, say what the likely cause is."""
+        p, usual = self.progress, self.runtime.usual_mfu
+        if self._explained or info.mfu is None or p.steps_here < SETTLED_STEPS or not is_low(info.mfu, usual):
+            return
+        self._explained = True
+        cause = likely_cause(
+            p.times.mean,
+            p.times.compute_by_rank,
+            micro_batch_tokens=self.session.stepper.micro_batch_rows * self.config.model.sequence_len,
+            attention=self.session.model.choose_attention(self.session.device),
+            windowed=min(self.config.model.windows) < self.config.model.sequence_len,
+            mfu=info.mfu,
+            usual_mfu=usual,
+        )
+        if self.ranks.is_main:
+            _log.warning("MFU is %.0f%% of the device's peak%s: %s", 100 * info.mfu, _beside(usual), cause)
 
     def _save_due(self, at_report: bool) -> bool:
         step, every_seconds = self.progress.step, self.runtime.checkpoint_every_seconds

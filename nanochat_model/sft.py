@@ -202,13 +202,13 @@ def _attempt(
     task: _Task, runtime: RuntimeConfig, ranks: Ranks, start: Start | None, callbacks: Sequence[Callback]
 ) -> tuple[RunRecord, Exception | None]:
     """Train from `start` to the end; the record, which is saved, and what ended the run before its time."""
-    limit = read_limit(task.run_dir)
+    limit, building = read_limit(task.run_dir), time.time()
     session, loader = _build_session(task, limited(runtime, limit), ranks)
     if start is None:
         load_weights(session.model, task.base)
         if task.config.trunk.startswith(WITH_OPTIMIZER):
             _warm_start(session.optimizer, task.base)
-    progress = restore_progress(session, start)
+    progress = restore_progress(session, start, building)
     before = start.state.extra["val_loss_before"] if start else evaluate_loss(session.model, session.validation)
     calls = Callbacks(callbacks)
     extra = {"val_loss_before": before}

@@ -1,19 +1,20 @@
-"""Where the time of a step goes: data, computation, waiting for slower ranks, communication, optimizer; and what to do about it."""
+"""Measures where the time of a step goes: data, computation, waiting for slower ranks, communication, optimizer."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 
+from nanochat_model.distributed import Ranks, all_sum
 from nanochat_model.loop import Batch, Multipliers, StepOutcome, Stepper
+from nanochat_model.step_shares import PARTS
 
-FAR_BELOW = 0.8  # of the recorded runs' MFU; seeds, batches and hosts of one device spread over some percent
-LOW_MFU = 0.40  # under this a GPU run is told why; nanochat reaches 41% at d12 on H100s
-SMALL_MICRO_BATCH_TOKENS = 16384  # below it matmuls of a small model do not fill a GPU
-PARTS = ("data", "compute", "wait", "communication", "optimizer")
+FIRST_TIMED_STEP = 3
+TIMED_EVERY_STEPS = 50
 
 
 class StepTimer:
@@ -46,11 +47,9 @@ def timed_step(
     multipliers: Multipliers,
     before_update: Callable[[], None] | None = None,
 ) -> tuple[dict[str, float], StepOutcome]:
-    """One training step, the same as an untimed one, with the seconds of its parts as `step_seconds/<part>`.
-
-    `communication` is measured apart, by summing a copy of the gradients over the ranks: what the optimizer would spend if
-    nothing overlapped. With several ranks also the slowest and fastest rank's `compute_max`, `compute_min`, `slowest_rank`.
-    Every rank must call it. `before_update` runs between backward and update, untimed.
+    """One training step, the same as an untimed one, and this rank's seconds in each of its PARTS ({} for a batch that holds
+    nothing to learn). `wait` is the time until the slowest rank has its gradients; communication does not overlap with updates
+    here. Every rank must call it. `before_update` runs between backward and update, untimed.
     """
     timer = StepTimer(stepper.device)
     batch = batch_of(step)
@@ -63,69 +62,60 @@ def timed_step(
     if several:
         dist.barrier()
         timer.mark("wait")
-        copy = torch.cat([p.grad.flatten() for p in stepper.model.parameters() if p.grad is not None])
-        timer.skip()
-        dist.all_reduce(copy)
-        timer.mark("communication")
-        del copy
     if before_update is not None:
         before_update()
         timer.skip()
     outcome = stepper.agree(loss_part)
-    stepper.apply(outcome, multipliers)
+    timer.mark("communication" if several else "optimizer")
+    stepper.apply(outcome, multipliers, timer.mark if several else None)
     timer.mark("optimizer")
-    metrics = {f"step_seconds/{part}": seconds for part, seconds in timer.seconds.items()}
-    if several:
-        by_rank: list[float] = [0.0] * stepper.ranks.world_size
-        dist.all_gather_object(by_rank, timer.seconds["compute"])
-        metrics |= {
-            "step_seconds/compute_max": max(by_rank),
-            "step_seconds/compute_min": min(by_rank),
-            "step_seconds/slowest_rank": float(by_rank.index(max(by_rank))),
-        }
-    return metrics, outcome
+    return timer.seconds, outcome
 
 
-def is_low(mfu: float, usual_mfu: float) -> bool:
-    """Whether an MFU calls for an explanation: under 40%, or far below that of recorded runs on this device (0: none known)."""
-    return mfu < LOW_MFU or mfu < FAR_BELOW * usual_mfu
+_runs = itertools.count()
 
 
-def likely_cause(
-    metrics: Mapping[str, float],
-    *,
-    micro_batch_tokens: int,
-    attention: str,
-    windowed: bool,
-    mfu: float = 0.0,
-    usual_mfu: float = 0.0,
-) -> str:
-    """The most likely reason for a low MFU, from `timed_step`'s metrics, with the remedy, in one line. `usual_mfu`: of recorded
-    runs on this device, 0 where none is known."""
-    total = sum(metrics.get(f"step_seconds/{part}", 0.0) for part in PARTS)
-    if total <= 0:
-        return "no step was measured"
+def process_seconds() -> float:
+    """CPU seconds that this process spent before its first run (interpreter, imports, whatever else it did); 0 for later runs."""
+    return time.process_time() if next(_runs) == 0 else 0.0
 
-    def share(part: str) -> float:
-        return metrics.get(f"step_seconds/{part}", 0.0) / total
 
-    slow, fast = metrics.get("step_seconds/compute_max", 0.0), metrics.get("step_seconds/compute_min", 0.0)
-    if share("data") > 0.1:
-        return f"waiting for data takes {share('data'):.0%} of a step; put the shards on a local disk"
-    if slow > 1.15 * fast > 0:
-        rank = int(metrics.get("step_seconds/slowest_rank", -1))
-        return f"rank {rank} needs {slow:.3g} s for what the fastest does in {fast:.3g} s, and all wait for it; look at that device"
-    if share("communication") > 0.2:
-        return f"communication takes {share('communication'):.0%} of a step; raise the batch, or use fewer or closer devices"
-    if windowed and attention == "sdpa":
-        return "attention falls back to sdpa, which has no windows; install a kernel that has them, or use window_pattern L"
-    if share("optimizer") > 0.25:
-        return f"the optimizer takes {share('optimizer'):.0%} of a step; the batch is small for this model, raise batch_tokens"
-    if micro_batch_tokens < SMALL_MICRO_BATCH_TOKENS:
-        return f"a micro-batch of {micro_batch_tokens} tokens is too small to fill the device; raise micro_batch_rows"
-    if mfu < FAR_BELOW * usual_mfu:
-        return (
-            f"recorded runs on this device reach {usual_mfu:.0%}, and no part of the step stands out; look at its clock, its "
-            "temperature and other programs on it"
-        )
-    return f"none stands out: {share('compute'):.0%} of a step is computation; the model may be too narrow for this device"
+class StepTimes:
+    """Where the time of this run's timed steps went, rank by rank. A few steps are enough: timing one costs a barrier and some
+    waiting for the device."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._sum = dict.fromkeys(PARTS, 0.0)
+        self._count = self._gathered = 0
+        self.by_rank: tuple[dict[str, float], ...] = ()  # mean seconds of each part, as last gathered
+
+    @staticmethod
+    def due(steps_here: int) -> bool:
+        """Whether to time the step after `steps_here` of this process: its third, when compilation is over, then every 50th."""
+        return steps_here + 1 == FIRST_TIMED_STEP or (steps_here + 1) % TIMED_EVERY_STEPS == 0
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """What `timed_step` measured on this rank."""
+        if seconds:
+            self._sum = {part: self._sum[part] + seconds[part] for part in PARTS}
+            self._count += 1
+
+    def gather(self) -> None:
+        """Make `by_rank` up to date. Every rank must call it after the same steps."""
+        if self._count == self._gathered:
+            return
+        self._gathered = self._count
+        table = torch.zeros(self._ranks.world_size, len(PARTS), dtype=torch.float64)
+        table[self._ranks.rank] = torch.tensor([self._sum[part] / self._count for part in PARTS])
+        self.by_rank = tuple(dict(zip(PARTS, row, strict=True)) for row in all_sum(table).tolist())
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Seconds of each part of a step, mean over ranks; {} before a step was timed and gathered."""
+        n = len(self.by_rank)
+        return {part: sum(rank[part] for rank in self.by_rank) / n for part in PARTS} if n else {}
+
+    @property
+    def compute_by_rank(self) -> tuple[float, ...]:
+        return tuple(rank["compute"] for rank in self.by_rank)

@@ -39,6 +39,7 @@ from nanochat_model.record import RECORD_FILE, RunRecord, Status
 from nanochat_model.resume import HorizonChange, Start, check_same_run, own_start, parent_hashes, trunk_start
 from nanochat_model.runner import Runner, TrainingFailed
 from nanochat_model.session import Session, build_session
+from nanochat_model.step_times import StepTimes, process_seconds
 from nanochat_model.version import git_commit
 
 CONFIG_FILE = "config.json"
@@ -114,9 +115,9 @@ def _attempt(
     started: float,
 ) -> tuple[RunRecord, Exception | None]:
     """Train from `start` to the end; the record, which is saved, and what ended the run before its time."""
-    limit = read_limit(run_dir)
+    limit, building = read_limit(run_dir), time.time()
     session = build_session(config, limited(runtime, limit), ranks)
-    progress = restore_progress(session, start)
+    progress = restore_progress(session, start, building)
     parents = parent_hashes(session.parents, start)
     calls = Callbacks(callbacks)
     extra: dict[str, Any] = {}
@@ -211,14 +212,17 @@ def _rename_aside(path: Path) -> None:
         path.rename(aside)
 
 
-def restore_progress(session: Session, start: Start | None) -> Progress:
-    """Fresh weights, or those of `start`, with optimizer, RNG, loss scale, clock and curve."""
+def restore_progress(session: Session, start: Start | None, started: float) -> Progress:
+    """Fresh weights, or those of `start`, with optimizer, RNG, loss scale, clock and curve. `started`: time.time() before the
+    session was built."""
+    before = process_seconds()
     seconds = start.state.seconds if start else 0.0
     progress = Progress(
         config=session.config,
         clock=Clock(session.device, seconds),
         num_devices=session.ranks.world_size,
         peak_flops=devices.peak_flops(session.device),
+        times=StepTimes(session.ranks),
     )
     if start is not None:
         load_weights(session.model, start.path)
@@ -226,6 +230,7 @@ def restore_progress(session: Session, start: Start | None) -> Progress:
         session.stepper.loss_scale.restore(start.state.loop)
         restore_rng(start.state.rng)
         progress.restore(start.state.step, start.state.curve, start.state.loop)
+    progress.startup_seconds = {"process": before, "build": time.time() - started}
     return progress
 
 
@@ -279,6 +284,10 @@ def make_record(
         total_seconds=time.time() - started,
         micro_batch_rows=session.stepper.micro_batch_rows,
         peak_memory_bytes=devices.peak_memory(session.device),
+        step_seconds=progress.times.mean,
+        rank_compute_seconds=progress.times.compute_by_rank,
+        startup_seconds=progress.startup_seconds,
+        diagnostics=progress.diagnostics,
         git_commit=git_commit(),
         parents=parents,
         started_at=iso_time(started),

@@ -23,6 +23,7 @@ from nanochat_model.horizon import Horizon
 from nanochat_model.identity import run_id
 from nanochat_model.recipe import NANOCHAT, Recipe
 from nanochat_model.record import CurvePoint, RunRecord
+from nanochat_model.step_shares import describe_times
 
 EXAMPLES = """\
 Examples:
@@ -203,8 +204,13 @@ class Console(Callback):
         self._num_devices = num_devices
         self._peak = "peak unknown" if peak_flops is None else f"{peak_flops / 1e12:.0f} TFLOP/s peak"
         self._batch_tokens = config.batch_tokens
+        self._startup: dict[str, float] = {}
+        self._times: dict[str, float] = {}
 
     def on_step(self, info: StepInfo) -> None:
+        if info.startup_seconds != self._startup:
+            self._startup = info.startup_seconds
+            print(describe_startup(info.startup_seconds), flush=True)
         left = (info.num_steps - info.step) * self._batch_tokens / max(info.tokens_per_second, 1e-9)
         parts = [
             f"step {info.step}/{info.num_steps} ({100 * info.step / info.num_steps:.1f}%)",
@@ -219,6 +225,9 @@ class Console(Callback):
         if info.skipped_steps:
             parts.append(f"{info.skipped_steps} steps skipped")
         print(" | ".join(parts), flush=True)
+        if _moved(self._times, info.step_seconds):
+            self._times = info.step_seconds
+            print(f"  a step: {describe_times(info.step_seconds, info.rank_compute_seconds)}", flush=True)
         if info.diagnostics:
             print_diagnostics(info.diagnostics)
 
@@ -236,6 +245,18 @@ class Console(Callback):
         print(f"step {step}: saved {path}", flush=True)
 
 
+def _moved(told: Mapping[str, float], seconds: Mapping[str, float]) -> bool:
+    """Whether any part's share of a step is over 5 points from what was told."""
+    before, now = sum(told.values()), sum(seconds.values())
+    return now > 0 and (not before or any(abs(told[part] / before - s / now) > 0.05 for part, s in seconds.items()))
+
+
+def describe_startup(seconds: Mapping[str, float]) -> str:
+    """How long the first step took, in one line."""
+    parts = ", ".join(f"{part.replace('_', ' ')} {value:.1f}" for part, value in seconds.items())
+    return f"first step done after {sum(seconds.values()):.1f} s ({parts})"
+
+
 def print_diagnostics(metrics: Mapping[str, float]) -> None:
     """The range of each kind of diagnostic over layers, a line each."""
     kinds: dict[str, list[tuple[float, str]]] = {}
@@ -243,9 +264,6 @@ def print_diagnostics(metrics: Mapping[str, float]) -> None:
         kind, _, where = key.partition("/")
         if math.isfinite(value):
             kinds.setdefault(kind, []).append((value, where))
-    times = kinds.pop("step_seconds", [])
-    if times:
-        print("  seconds of this step: " + ", ".join(f"{where} {value:.4g}" for value, where in times))
     for kind, values in kinds.items():
         (low, at_low), (high, at_high) = min(values), max(values)
         print(f"  {kind}: {low:.3g} {at_low} … {high:.3g} {at_high}" if len(values) > 1 else f"  {kind}: {low:.3g}")

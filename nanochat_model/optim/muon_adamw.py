@@ -7,6 +7,7 @@ states of its chunk only, then the chunks are gathered. One rank does the same w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from nanochat_model.config import OptimizerConfig
 from nanochat_model.gpt import GPT
+from nanochat_model.optim.exchange import all_gather, make_exchanges
 from nanochat_model.optim.groups import Group, parameter_groups
 from nanochat_model.optim.muon import muon_step
 
@@ -104,30 +106,44 @@ class MuonAdamW:
         self.world_size = dist.get_world_size(group) if distributed else 1
         with torch.no_grad():
             self.buffers = [Buffer(g, self.rank, self.world_size) for g in groups]
+        self.exchanges = make_exchanges(self.buffers, self.world_size, group)
         self.num_steps = 0
         self.states: list[dict[str, Tensor]] = [_new_state(b) for b in self.buffers]
 
     @torch.no_grad()
-    def step(self, lr_multiplier: float, momentum: float, weight_decay_multiplier: float) -> None:
+    def step(
+        self, lr_multiplier: float, momentum: float, weight_decay_multiplier: float, mark: Callable[[str], None] | None = None
+    ) -> None:
         """One update from the accumulated gradients. All AdamW rates and decays scale with lr_multiplier; Muon's decay also
-        with weight_decay_multiplier; `momentum` is Muon's."""
+        with weight_decay_multiplier; `momentum` is Muon's. `mark`, for timing, is told "communication" and "optimizer" as each
+        part ends; communication then does not overlap with updates."""
         self.num_steps += 1
         for b in self.buffers:
             b.attach_grads()
-        reductions = [self._reduce(b) for b in self.buffers]
-        gathers = []
-        for buffer, state, reduction in zip(self.buffers, self.states, reductions, strict=True):
-            if reduction is not None:
-                reduction.wait()
-                buffer.own(buffer.grads).mul_(1.0 / self.world_size)
-            if buffer.spec.kind == "adamw":
-                self._adamw(buffer, state, lr_multiplier)
-            else:
-                self._muon(buffer, state, lr_multiplier, momentum, weight_decay_multiplier)
-            gathers.append(self._gather(buffer.values, buffer))
-        for work in gathers:
-            if work is not None:
-                work.wait()
+        for exchange in self.exchanges:
+            exchange.start_reduce()
+        if mark is not None:
+            for exchange in self.exchanges:
+                exchange.finish_reduce()
+            mark("communication")
+        states = iter(self.states)
+        for exchange in self.exchanges:
+            exchange.finish_reduce()
+            for buffer in exchange.buffers:
+                if buffer.spec.kind == "adamw":
+                    self._adamw(buffer, next(states), lr_multiplier)
+                else:
+                    self._muon(buffer, next(states), lr_multiplier, momentum, weight_decay_multiplier)
+            if mark is None:
+                exchange.start_gather()
+        if mark is not None:
+            mark("optimizer")
+            for exchange in self.exchanges:
+                exchange.start_gather()
+        for exchange in self.exchanges:
+            exchange.finish_gather()
+        if mark is not None:
+            mark("communication")
 
     @torch.no_grad()
     def zero_grad(self) -> None:
@@ -135,22 +151,6 @@ class MuonAdamW:
         for b in self.buffers:
             b.attach_grads()
             b.grads.zero_()
-
-    def _reduce(self, buffer: Buffer) -> Any:
-        """Start summing the gradients over ranks; only this rank's chunk is used. (Gloo has no reduce_scatter into a chunk.)"""
-        if self.world_size == 1:
-            return None
-        if buffer.grads.is_cuda:
-            own = buffer.own(buffer.grads)
-            return dist.reduce_scatter_tensor(own, buffer.grads, group=self.process_group, async_op=True)
-        return dist.all_reduce(buffer.grads, group=self.process_group, async_op=True)
-
-    def _gather(self, flat: Tensor, buffer: Buffer) -> Any:
-        """Start collecting every rank's chunk of `flat` in place."""
-        if self.world_size == 1:
-            return None
-        own = buffer.own(flat)
-        return dist.all_gather_into_tensor(flat, own if flat.is_cuda else own.clone(), group=self.process_group, async_op=True)
 
     def _adamw(self, buffer: Buffer, state: dict[str, Tensor], lr_multiplier: float) -> None:
         spec = buffer.spec
@@ -219,7 +219,7 @@ class MuonAdamW:
         if self.world_size == 1:
             return own
         full = own.new_empty((own.shape[0] * self.world_size, *own.shape[1:]))
-        dist.all_gather_into_tensor(full, own.contiguous(), group=self.process_group)
+        all_gather(full, own.contiguous(), group=self.process_group)
         return full
 
     @torch.no_grad()

@@ -1,5 +1,7 @@
+import dataclasses
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,12 +12,14 @@ from tiny_run import RUNTIME, tiny_config
 
 from nanochat_model import device as devices
 from nanochat_model import diagnostics
-from nanochat_model.callbacks import Callback, StepInfo
+from nanochat_model.callbacks import Callback, StepInfo, StopTraining
 from nanochat_model.distributed import Ranks
 from nanochat_model.loop import Batch
+from nanochat_model.record import RunRecord, add_measurement
 from nanochat_model.resume import multipliers_at
 from nanochat_model.session import Session, build_session
-from nanochat_model.step_times import is_low, likely_cause, timed_step
+from nanochat_model.step_shares import describe_times, is_low, likely_cause
+from nanochat_model.step_times import timed_step
 from nanochat_model.train import pretrain
 
 
@@ -36,7 +40,8 @@ def test_norms_are_those_of_gradients_and_updates(session: Session) -> None:
     gradients = {n: p.grad.norm().item() for n, p in names.items() if p.grad is not None}
     session.optimizer.zero_grad()
     before = {n: p.detach().clone() for n, p in names.items()}
-    metrics, outcome = diagnostics.measured_step(session.stepper, session.batch, 0, multipliers_at(session.config, 0))
+    metrics, seconds, outcome = diagnostics.measured_step(session.stepper, session.batch, 0, multipliers_at(session.config, 0))
+    assert seconds["compute"] > 0
     assert not outcome.skipped and len(gradients) == len(names)
     for name, p in names.items():
         short = name.removeprefix("transformer.").removesuffix(".weight")
@@ -118,10 +123,12 @@ def test_backward_order() -> None:
 
 
 def test_parts_of_a_step_add_up(session: Session) -> None:
-    metrics, outcome = timed_step(session.stepper, slow_batch(session, 0.2), 0, multipliers_at(session.config, 0))
-    assert not outcome.skipped and metrics["step_seconds/data"] >= 0.2
-    assert metrics["step_seconds/compute"] > 0 and metrics["step_seconds/optimizer"] > 0
-    assert metrics["step_seconds/wait"] == metrics["step_seconds/communication"] == 0, "one rank waits for nobody"
+    seconds, outcome = timed_step(session.stepper, slow_batch(session, 0.2), 0, multipliers_at(session.config, 0))
+    assert not outcome.skipped and seconds["data"] >= 0.2
+    assert seconds["compute"] > 0 and seconds["optimizer"] > 0
+    assert seconds["wait"] == seconds["communication"] == 0, "one rank waits for nobody"
+    text = describe_times({**seconds, "compute": seconds["data"], "optimizer": 0.0}, (1.0, 1.5))
+    assert text == "data 50%, compute 50%, slowest rank 1 (+50% on the fastest)" and describe_times({}) == ""
 
 
 def slow_batch(session: Session, seconds: float) -> Callable[[int], Batch]:
@@ -136,7 +143,7 @@ def slow_batch(session: Session, seconds: float) -> Callable[[int], Batch]:
     ("parts", "options", "expected"),
     [
         ({"data": 0.3, "compute": 0.7}, {}, "waiting for data takes 30%"),
-        ({"compute": 1.0, "compute_max": 1.0, "compute_min": 0.5, "slowest_rank": 3.0}, {}, "rank 3 needs 1 s"),
+        ({"compute": 1.0}, {"compute_by_rank": (0.5, 0.6, 0.5, 1.0)}, "rank 3 needs 1 s for what the fastest does in 0.5 s"),
         ({"compute": 0.6, "communication": 0.4}, {}, "communication takes 40%"),
         ({"compute": 0.9, "optimizer": 0.1}, {"attention": "sdpa", "windowed": True}, "falls back to sdpa"),
         ({"compute": 0.5, "optimizer": 0.5}, {}, "optimizer takes 50%"),
@@ -148,8 +155,7 @@ def slow_batch(session: Session, seconds: float) -> Callable[[int], Batch]:
     ],
 )
 def test_the_likely_cause_of_a_low_mfu(parts: dict, options: dict, expected: str) -> None:
-    metrics = {f"step_seconds/{k}": v for k, v in parts.items()}
-    assert expected in likely_cause(metrics, **{"micro_batch_tokens": 65536, "attention": "fa3", "windowed": True, **options})
+    assert expected in likely_cause(parts, **{"micro_batch_tokens": 65536, "attention": "fa3", "windowed": True, **options})
 
 
 def test_what_mfu_is_low() -> None:
@@ -179,3 +185,34 @@ def test_an_impossible_mfu_fails_the_run(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(devices, "peak_flops", lambda device: 1e3)
     record = pretrain(tiny_config(), RUNTIME, run_dir=tmp_path)
     assert record.status == "failed" and "is not the peak of this device" in str(record.error)
+
+
+class Pause(Callback):
+    def on_step(self, info: StepInfo) -> None:
+        if info.step == 7:
+            raise StopTraining("pause")
+
+
+def test_a_record_says_where_time_went_and_what_was_measured(tmp_path: Path) -> None:
+    """Also across an interruption: what was measured before it is kept, and nothing is measured twice."""
+    runtime = dataclasses.replace(RUNTIME, diagnostics_every_steps=3, checkpoint_every_steps=5)
+    first = pretrain(tiny_config(), runtime, run_dir=tmp_path, callbacks=[Pause()])
+    assert first.diagnostics["step"] == [3, 6]
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000007")  # so that step 6 is done again
+    record = pretrain(tiny_config(), runtime, run_dir=tmp_path)
+    assert record.diagnostics["step"] == [3, 6, 9, 12] and record == RunRecord.load(tmp_path)
+    assert all(len(column) == 4 for column in record.diagnostics.values())
+    assert record.diagnostics["gradient_norm/h.1.mlp.c_fc"][:2] == first.diagnostics["gradient_norm/h.1.mlp.c_fc"]
+    assert record.diagnostics["update_to_weight/h.1.mlp.c_proj"][0] > 0 and "x0_lambda/1" in record.diagnostics
+    assert record.step_seconds["compute"] > 0 and record.rank_compute_seconds == (record.step_seconds["compute"],)
+    assert list(record.startup_seconds) == ["process", "build", "first_step"] and record.startup_seconds["first_step"] > 0
+    assert record.startup_seconds["process"] == 0, "counted once a process"
+
+
+def test_measurements_stay_few_and_aligned() -> None:
+    columns: dict[str, list] = {}
+    for step in range(1, 200):
+        add_measurement(columns, step, {"a": step / 3} | ({"late": math.inf if step == 199 else 1.0} if step > 50 else {}))
+    assert 32 <= len(columns["step"]) <= 64 and columns["step"][-1] == 199
+    assert columns["a"] == [float(f"{s / 3:.4g}") for s in columns["step"]]
+    assert columns["late"] == [1.0 if 50 < s < 199 else None for s in columns["step"]]

@@ -108,10 +108,24 @@ def test_resumes_on_another_number_of_ranks(ranks: tuple[Path, list[dict[str, An
     np.testing.assert_allclose(back["losses"], alone()["losses"][6:], rtol=2e-5)
 
 
+def test_resumed_on_as_many_ranks_losses_are_the_same_to_the_bit(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for result in ranks[1]:
+        assert result["again"]["losses"] == result["whole"]["losses"][6:]
+        assert result["again"]["val_bpb"] == result["whole"]["val_bpb"]
+
+
 def test_all_ranks_skip_a_step_that_is_bad_on_one(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     for result in ranks[1]:
         assert result["skip"]["skipped"] == 1 and result["skip"]["status"] == "complete"
         assert np.isnan(result["skip"]["losses"][3]) and np.isfinite(result["skip"]["losses"][4:]).all()
+
+
+def test_records_name_the_slowest_rank(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for result in ranks[1]:
+        by_rank, seconds = result["skip"]["rank_compute_seconds"], result["skip"]["step_seconds"]
+        assert len(by_rank) == len(ranks[1]) and by_rank.index(max(by_rank)) == len(ranks[1]) - 1
+        assert max(by_rank) >= rank_jobs.LAG_SECONDS and seconds["wait"] > 0 and seconds["communication"] > 0
+        assert result["skip"]["rank_compute_seconds"] == ranks[1][0]["skip"]["rank_compute_seconds"], "the same on every rank"
 
 
 def test_lasting_trouble_on_one_rank_fails_all_and_is_located(ranks: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -107,6 +107,8 @@ def test_a_changed_horizon_is_refused_unless_told_how(tmp_path: Path) -> None:
     longer = tiny_config(num_steps=20)
     with pytest.raises(ConfigError, match=r"another horizon \(num_steps 12 -> 20\).*horizon_change"):
         finish(longer, tmp_path)
+    with pytest.raises(ConfigError, match=r"to take this run to another horizon, .*: optimizer.weight_decay=0.05$"):
+        finish(tiny_config(num_steps=20, optimizer__weight_decay=0.03), tmp_path, horizon_change="follow_new")
     with pytest.raises(ConfigError, match="schedules differ"):
         finish(longer, tmp_path, horizon_change="exact")
     with pytest.raises(ConfigError, match="past the new num_steps 5"):

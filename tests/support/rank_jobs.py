@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import os
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from nanochat_model.loop import Stepper
 from nanochat_model.session import build_session
 from nanochat_model.sft import SFTConfig, sft
 from nanochat_model.train import pretrain
+
+LAG_SECONDS = 0.1
 
 
 class Losses(Callback):
@@ -41,15 +45,17 @@ def train(config: TrainConfig, run_dir: Path, *, stop_at: int = -1, **runtime: A
     losses = Losses(stop_at)
     record = pretrain(config, dataclasses.replace(RUNTIME, **runtime), run_dir=run_dir, callbacks=[losses])
     return {"losses": losses.losses, "val_bpb": record.val_bpb, "status": record.status, "skipped": losses.skipped,
-            "error": record.error, "num_tokens": record.num_tokens, "num_devices": record.num_devices}  # fmt: skip
+            "error": record.error, "num_tokens": record.num_tokens, "num_devices": record.num_devices,
+            "step_seconds": record.step_seconds, "rank_compute_seconds": record.rank_compute_seconds}  # fmt: skip
 
 
 def poisoned(config: TrainConfig, run_dir: Path, rank: int, last_rank: int, lasting: bool) -> dict[str, Any]:
-    """A non-finite loss on one rank only, once or from then on."""
+    """A non-finite loss on one rank only, once or from then on; that rank is also slow."""
     real, count = Stepper.forward_backward, [0]
 
     def spoil(self: Stepper, batch: Any) -> torch.Tensor:
         count[0] += 1
+        time.sleep(LAG_SECONDS if rank == last_rank else 0.0)
         bad = rank == last_rank and (count[0] >= 4 if lasting else count[0] == 4)
         if bad and lasting:
             with torch.no_grad():
@@ -83,6 +89,8 @@ def run_rank(environment: dict[str, str], config: TrainConfig, folder: Path) -> 
         results["fresh_bpb"] = fresh_bpb(config)
         results["tokens"] = [tokens[k] for k in range(config.num_steps)]
         results["resumed"] = train(config, folder / "resumed")  # from a checkpoint that another world size left there
+        on_main(lambda: shutil.copytree(folder / "whole/checkpoints/step_000006", folder / "again/checkpoints/step_000006"))
+        results["again"] = train(config, folder / "again")
         short = dataclasses.replace(config, num_steps=6)
         results["skip"] = poisoned(short, folder / "skip", ranks.rank, last, lasting=False)
         results["lasting"] = poisoned(dataclasses.replace(config, num_steps=30), folder / "lasting", ranks.rank, last, lasting=True)
