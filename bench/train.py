@@ -1,13 +1,15 @@
 """Training speed: tokens/s, where a step's time goes, MFU; and nanochat beside it when a checkout is given.
 
     python bench/train.py --preset small --nanochat ~/nanochat
+    python bench/train.py --preset demo --ranks 1,2,3
 
 Every variant is a process of its own. The processes take turns for a few steps each, round after round, so that all of them
 see the same machine; medians over all steps are reported, ratios are of medians. Batches are cut from one array of random
 tokens in memory. Prints a table and writes JSON.
 
 Presets: `small` (d2, width 64, V 1024, batch 2048, one thread) and `d4` (width 256, V 4096, micro-batch 16, batch 16,384) have
-T 256 and are the CPU references; `d12`, `d20`, `d24` (T 2048, V 32768, batch 2^19) are for GPUs.
+T 256 and are the CPU references; `demo` is about the demo's production run (d1, width 128, batch 2048);
+`d12`, `d20`, `d24` (T 2048, V 32768, batch 2^19) are for GPUs.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from ranks import measure_ranks, print_ranks
 
 PHASES = ("data", "forward", "backward", "communication", "optimizer")
 
@@ -49,6 +53,7 @@ class Job:
 PRESETS = {
     "small": Job(depth=2, model_dim=64, num_heads=4, vocab_size=1024, sequence_len=256, threads=1),
     "d4": Job(depth=4, model_dim=256, num_heads=4, vocab_size=4096, sequence_len=256, rows=64, micro_rows=16),
+    "demo": Job(depth=1, model_dim=128, num_heads=8, vocab_size=1024, sequence_len=256, window_pattern="L", threads=1),
     **{
         f"d{d}": Job(depth=d, model_dim=64 * d, num_heads=d // 2, vocab_size=32768, sequence_len=2048, rows=256, micro_rows=32)
         for d in (12, 20, 24)
@@ -296,6 +301,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument("--nanochat", default="", help="a nanochat checkout to measure beside ours")
     parser.add_argument("--modes", default="eager,compiled", help="eager, compiled, or both")
+    parser.add_argument("--ranks", default="", help="numbers of Gloo processes to compare instead, say 1,2,3")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="steps a turn (0: by preset)")
     parser.add_argument("--json", default="", help="file to write (default: bench/results/train-<preset>.json)")
@@ -319,12 +325,16 @@ def main() -> None:
     variants = [
         f"{make}-{mode}" for mode in args.modes.split(",") for make in (("ours", "nanochat") if args.nanochat else ("ours",))
     ]
-    steps = args.steps or {"small": 20, "d4": 3}.get(args.preset, 5)
-    rows = summarize(job, run_all(variants, job, args.nanochat, args.rounds, steps))
-    print_table(rows)
+    steps = args.steps or {"small": 20, "demo": 20, "d4": 3}.get(args.preset, 5)
+    if args.ranks:
+        rows = measure_ranks(job, [int(n) for n in args.ranks.split(",")], args.rounds, steps)
+        print_ranks(rows)
+    else:
+        rows = summarize(job, run_all(variants, job, args.nanochat, args.rounds, steps))
+        print_table(rows)
     import torch
 
-    path = Path(args.json or Path(__file__).parent / "results" / f"train-{args.preset}.json")
+    path = Path(args.json or Path(__file__).parent / "results" / f"train-{args.preset}{'-ranks' if args.ranks else ''}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = {"job": asdict(job), "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
     path.write_text(json.dumps({**meta, "rows": rows}, indent=1), encoding="utf8")

@@ -1,0 +1,132 @@
+"""Part of bench/train.py: the same training step by several Gloo processes on this machine's CPUs.
+
+Tokens a second by number of ranks, and the parts of a step as a training run's record has them (nanochat_model.step_times): all of
+them with `wait`, the time until the slowest rank has its gradients. Ranks take turns round after round, as variants do there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import statistics
+import time
+from typing import Any
+
+
+def rank_worker(job: Any, rank: int, world_size: int, port: int, pipe: Any) -> None:
+    """One rank: builds, then runs as many steps as it is asked for until asked for none. Rank 0 answers."""
+    threads = job.threads or max(1, len(os.sched_getaffinity(0)) // world_size)
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    from nanochat_model.distributed import process_group
+    from nanochat_model.loop import frozen_garbage
+    from nanochat_model.step_times import StepTimes, timed_step
+
+    with process_group("cpu") as ranks, frozen_garbage() as garbage:
+        stepper, batch_of, multipliers = make_stepper(job, ranks, threads)
+        garbage.after_step(1)
+        for k in range(2):
+            stepper.step(batch_of(k), multipliers)
+        while steps := pipe.recv():
+            start = time.perf_counter()
+            for k in range(steps):
+                stepper.step(batch_of(k), multipliers)
+            seconds = (time.perf_counter() - start) / steps
+            times = StepTimes(ranks)
+            for k in range(steps):
+                times.add(timed_step(stepper, batch_of, k, multipliers)[0])
+            times.gather()
+            if ranks.is_main:
+                pipe.send((seconds, times.mean))
+
+
+def make_stepper(job: Any, ranks: Any, threads: int) -> tuple[Any, Any, Any]:
+    """Our stepper on random tokens, this rank's part of global batch k, and constant multipliers."""
+    import numpy as np
+    import torch
+
+    from nanochat_model.config import GPTConfig, OptimizerConfig
+    from nanochat_model.device import tune_process
+    from nanochat_model.gpt import GPT
+    from nanochat_model.loader import rank_rows
+    from nanochat_model.loop import Batch, LossScale, Multipliers, Stepper
+    from nanochat_model.optim import build_optimizer
+
+    tune_process(threads)
+    config = GPTConfig(
+        depth=job.depth, model_dim=job.model_dim, num_heads=job.num_heads, num_kv_heads=job.num_heads,
+        sequence_len=job.sequence_len, vocab_size=job.vocab_size, window_pattern=job.window_pattern,
+    )  # fmt: skip
+    model = GPT(config, compute_dtype=getattr(torch, job.dtype)).init_weights(0)
+    device = torch.device("cpu")
+    stepper = Stepper(
+        model,
+        build_optimizer(model, OptimizerConfig()),
+        ranks=ranks,
+        device=device,
+        micro_batch_rows=job.micro_rows,
+        loss_scale=LossScale.for_dtype(job.dtype),
+    )
+    rows = np.random.default_rng(0).integers(0, job.vocab_size, (job.rows, job.sequence_len + 1))
+    own = rows[slice(*rank_rows(job.rows, ranks.rank, ranks.world_size))]
+    batch = Batch(inputs=own[:, :-1].copy(), targets=own[:, 1:].copy(), num_targets=job.rows * job.sequence_len)
+    return stepper, lambda k: batch, Multipliers(lr=1.0, momentum=0.95, weight_decay=0.5)
+
+
+def measure_ranks(job: Any, world_sizes: list[int], rounds: int, steps: int) -> list[dict[str, Any]]:
+    """One row a number of ranks: medians over rounds."""
+    from nanochat_model.distributed import free_port
+
+    context = mp.get_context("spawn")
+    groups: dict[int, list[tuple[Any, Any]]] = {}
+    for n in world_sizes:
+        port, members = free_port(), []
+        for rank in range(n):
+            pipe, other = context.Pipe()
+            process = context.Process(target=rank_worker, args=(job, rank, n, port, other), daemon=True)
+            process.start()
+            members.append((pipe, process))
+        groups[n] = members
+    found: dict[int, list[Any]] = {n: [] for n in world_sizes}
+    for _ in range(rounds):
+        for n, members in groups.items():
+            for pipe, _process in members:
+                pipe.send(steps)
+            found[n].append(members[0][0].recv())
+    for members in groups.values():
+        for pipe, process in members:
+            pipe.send(0)
+            process.join()
+    return [_row(job, n, answers) for n, answers in found.items()]
+
+
+def _row(job: Any, world_size: int, answers: list[Any]) -> dict[str, Any]:
+    seconds = statistics.median(s for s, _ in answers)
+    parts = {part: statistics.median(p[part] for _, p in answers) for part in answers[0][1]}
+    return {
+        "ranks": world_size,
+        "tokens_per_second": job.rows * job.sequence_len / seconds,
+        "step_seconds": seconds,
+        "parts": parts,
+        "communication_share": parts["communication"] / sum(parts.values()),
+    }
+
+
+def print_ranks(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="training by several processes (Gloo)")
+    parts = list(rows[0]["parts"])
+    for column in ("ranks", "tok/s", "× the first", "step ms", *(f"{p} ms" for p in parts), "communication"):
+        table.add_column(column, justify="right")
+    for r in rows:
+        table.add_row(
+            str(r["ranks"]),
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r['tokens_per_second'] / rows[0]['tokens_per_second']:.2f}",
+            f"{1e3 * r['step_seconds']:.2f}",
+            *(f"{1e3 * r['parts'][p]:.2f}" for p in parts),
+            f"{r['communication_share']:.1%}",
+        )
+    Console(width=150).print(table)
