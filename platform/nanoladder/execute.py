@@ -28,6 +28,7 @@ from nanoladder.stopping import StopWatch, SweepStopped
 from nanoladder.study import CellStudy, open_storage
 from nanoladder.sweep import Sweep
 from nanoladder.sweep_index import IndexWriter
+from nanoladder.throughput import Throughput
 from nanoladder.trial_needs import choose_backend, total_need, trial_seconds, trial_speed, with_checkpoints, worker_resources
 from nanoladder.trial_spec import PRETRAIN, TrialSpec
 from nanoladder.watchdog import CLUSTER_WAIT_SECONDS, LOCAL_WAIT_SECONDS, PLACEMENT_ENV, check_fits
@@ -216,11 +217,12 @@ class SpecMaker:
 
     def __call__(self, trial: Trial, attempt: int) -> TrialSpec:
         sweep = self._sweeps[trial.sweep]
-        seconds = self._seconds(sweep, trial)
+        speed = self._speed(sweep, trial)
+        seconds = trial_seconds(sweep, trial, speed)
         return TrialSpec(
             run_id=trial.run_id,
             config=trial.config,
-            runtime=self._runtime(sweep, seconds),
+            runtime=replace(self._runtime(sweep, seconds), usual_mfu=speed.usual_mfu),
             run_dir=str(self._workspace.run_dir(trial.run_id)),
             name=trial.name,
             sweep=trial.sweep,
@@ -253,9 +255,9 @@ class SpecMaker:
     def _resources(self, sweep: Sweep) -> dict[str, float]:
         return worker_resources(sweep, uses_gpu=self._uses_gpu(sweep))
 
-    def _seconds(self, sweep: Sweep, trial: Trial) -> float:
+    def _speed(self, sweep: Sweep, trial: Trial) -> Throughput:
         device = sweep.device or ("h100" if self._uses_gpu(sweep) else "cpu")
-        return trial_seconds(sweep, trial, trial_speed(sweep, trial, device, self._records))
+        return trial_speed(sweep, trial, device, self._records)
 
     def _runtime(self, sweep: Sweep, seconds: float) -> RuntimeConfig:
         runtime = sweep.runtime

@@ -37,6 +37,11 @@ class Throughput:
     source: str
     measured: bool
 
+    @property
+    def usual_mfu(self) -> float:
+        """What a run on these devices may be held against (RuntimeConfig.usual_mfu): a measured MFU, else 0 for none known."""
+        return self.mfu if self.measured and self.mfu is not None else 0.0
+
     def hours(self, num_tokens: float) -> float:
         return num_tokens / self.tokens_per_second / SECONDS_PER_HOUR
 

@@ -215,6 +215,7 @@ class MlflowWriter:
         last_step = record.curve[-1].step if record.curve else 0
         metrics = [m for p in record.curve if p.step > child.last_step for m in point_metrics(p, started_ms)]
         metrics += [Metric(k, float(v), now, last_step) for k, v in final_metrics(record).items()]
+        metrics += diagnostic_metrics(record, now, after_step=child.last_step if child.finished_at else -1)
         params = [Param(k, str(v)) for k, v in flatten(record.config).items() if k not in NOT_PARAMS]
         tags = [RunTag(k, v) for k, v in {**record_tags(trial, record), TAG + "last_step": str(last_step)}.items()]
         for start in range(0, len(metrics) - BATCH, BATCH):
@@ -359,9 +360,24 @@ def final_metrics(record: RunRecord) -> dict[str, float]:
         "mfu": record.mfu,
         "attempts": record.attempts,
         "num_devices": record.num_devices,
+        "startup_seconds": sum(record.startup_seconds.values()) if record.startup_seconds else None,
+        **{f"step_seconds/{part}": seconds for part, seconds in record.step_seconds.items()},
         **{f"params_{k}": v for k, v in record.params.items()},
     }
     return {k: float(v) for k, v in numbers.items() if v is not None}
+
+
+def diagnostic_metrics(record: RunRecord, at: int, after_step: int) -> list[Any]:
+    """What a run measured inside, as MLflow metrics `diagnostics/<kind>/<where>` at the steps after `after_step`. `at`: ms."""
+    from mlflow.entities import Metric
+
+    steps = record.diagnostics.get("step", [])
+    return [
+        Metric(f"diagnostics/{name}", float(value), at, step)
+        for name, column in record.diagnostics.items()
+        for step, value in zip(steps, column, strict=True)
+        if name != "step" and value is not None and step > after_step
+    ]
 
 
 def record_tags(trial: Trial, record: RunRecord) -> dict[str, str]:

@@ -16,6 +16,7 @@ from nanochat_model.memory import choose_micro_batch_rows, estimate_memory
 from nanochat_model.overrides import apply_overrides
 from nanochat_model.recipe import NANOCHAT
 from nanochat_model.record import RunRecord
+from nanoladder.launch import launch_runtime
 from nanoladder.laws_to_recipe import recipe_from_laws
 from nanoladder.plan import make_plan
 from nanoladder.plan_backwards import Goal, solve_goal
@@ -207,6 +208,13 @@ def test_recorded_runs_on_the_device_tell_the_speed() -> None:
     on_gpu = estimate_throughput(GPTConfig.from_depth(12), "h100", num_devices=8, records=records)
     assert on_gpu.measured and on_gpu.mfu == pytest.approx(400 / 989)
     assert not estimate_throughput(GPTConfig.from_depth(12), "mi300x", records=records).measured
+
+
+def test_a_launch_is_told_the_mfu_of_recorded_runs() -> None:
+    """So that its run can say when it is far below."""
+    records = [recorded_run("NVIDIA H100 80GB HBM3", 400e12, 12)]
+    told = [launch_runtime(make_plan(GPTConfig.from_depth(12), records=given)).usual_mfu for given in (records, [])]
+    assert told == [pytest.approx(400 / 989), 0.0], "an assumed speed is nobody's record"
 
 
 def test_decay_that_would_erase_the_weights_stops_a_launch() -> None:

@@ -17,9 +17,11 @@ from tiny_run import tiny_config
 from toy_training import HORIZON, MODEL, TRAIN, notes
 
 from nanochat_model.config import DataConfig, GPTConfig
+from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
 from nanochat_model.probe import Probe
+from nanochat_model.record import RunRecord
 from nanoladder.actor_backend import trial_resources
 from nanoladder.cells import planned_trials
 from nanoladder.execute import SpecMaker, execute_sweep
@@ -103,6 +105,19 @@ def test_auto_takes_the_actor_for_short_trials_of_one_device_and_train_for_the_r
     )
     assert [backend(s) for s in (TOY, long, replace(TOY, devices_per_trial=2))] == ["actor", "train", "train"]
     assert [backend(replace(s, backend=b)) for s, b in ((TOY, "train"), (long, "actor"))] == ["train", "actor"]
+
+
+def test_trials_are_told_the_mfu_of_recorded_runs_on_their_device(tmp_path: Path) -> None:
+    sweep = replace(TOY, device="h100")
+    trial = planned_trials(sweep, DATA)[0]
+    assert maker(sweep, tmp_path)(trial, 1).runtime.usual_mfu == 0
+    flops = float(flops_per_token(trial.config.model)) * trial.config.num_tokens
+    RunRecord(
+        run_id="done", status="complete", config=trial.config, seed=0, params=count_params(trial.config.model).as_dict(),
+        num_tokens=trial.config.num_tokens, flops_per_token=1, train_flops=flops, device="NVIDIA H100 80GB HBM3",
+        train_seconds=flops / 300e12,
+    ).save(Workspace(tmp_path).run_dir("done"))  # fmt: skip
+    assert maker(sweep, tmp_path)(trial, 1).runtime.usual_mfu == pytest.approx(300 / 989)
 
 
 def test_the_driver_of_a_train_trial_holds_nothing_that_its_workers_need() -> None:

@@ -12,6 +12,7 @@ import tyro
 
 from nanochat_model import train_cli
 from nanochat_model.record import RunRecord
+from nanochat_model.step_shares import PARTS
 from nanoladder.cli.common import Json, Storage, duration, human, print_json, print_table
 from nanoladder.workspace import Workspace
 
@@ -73,6 +74,8 @@ class Runs:
     """Only this sweep's."""
     limit: int = 0
     """Only the first so many; 0: all."""
+    times: bool = False
+    """Where the time went: parts of a step, the slowest rank, the first step."""
     sort: str = "val_bpb"
     """A column to sort by."""
     json: Json = False
@@ -86,7 +89,8 @@ class Runs:
         if self.json:
             print_json({"runs": rows, "broken": broken})
         elif rows:
-            print_table(COLUMNS, [format_row(row) for row in rows], right=COLUMNS[3:])
+            columns, written = (TIME_COLUMNS, format_times) if self.times else (COLUMNS, format_row)
+            print_table(columns, [written(row) for row in rows], right=columns[3:])
         else:
             print(f"no run records under {Path(self.storage).absolute()}")
         for line in broken:
@@ -111,6 +115,8 @@ COLUMNS = (
     "time",
     "tokens/s",
 )
+
+TIME_COLUMNS = ("run", "sweep", "status", "ranks", "N", "time", "tokens/s", "MFU", "first step", *PARTS, "slowest rank")
 
 
 def run_facts(record: RunRecord) -> dict[str, Any]:
@@ -141,6 +147,9 @@ def run_facts(record: RunRecord) -> dict[str, Any]:
         "peak_flops_per_device": record.peak_flops_per_device,
         "device": record.device,
         "num_devices": record.num_devices,
+        "step_seconds": record.step_seconds,
+        "rank_compute_seconds": list(record.rank_compute_seconds),
+        "startup_seconds": record.startup_seconds,
         "tags": record.tags,
     }
 
@@ -162,6 +171,25 @@ def format_row(row: dict[str, Any]) -> tuple[str, ...]:
         "–" if row["val_bpb"] is None else f"{row['val_bpb']:.4f}",
         duration(row["train_seconds"]),
         human(row["tokens_per_second"]),
+    )
+
+
+def format_times(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of TIME_COLUMNS; "–" where the run was too short to be timed."""
+    total, ranks = sum(row["step_seconds"].values()), row["rank_compute_seconds"]
+    slow = max(ranks, default=0.0)
+    return (
+        row["run_id"],
+        row["sweep"],
+        row["status"],
+        str(row["num_devices"]),
+        human(row["N"]),
+        duration(row["train_seconds"]),
+        human(row["tokens_per_second"]),
+        "–" if row["mfu"] is None else f"{row['mfu']:.1%}",
+        f"{sum(row['startup_seconds'].values()):.1f} s" if row["startup_seconds"] else "–",
+        *(f"{row['step_seconds'].get(part, 0.0) / total:.0%}" if total else "–" for part in PARTS),
+        f"{ranks.index(slow)} (+{slow / min(ranks) - 1:.0%})" if len(ranks) > 1 else "–",
     )
 
 
