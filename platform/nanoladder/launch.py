@@ -220,6 +220,7 @@ def launch_runtime(plan: LaunchPlan, options: LaunchOptions | None = None) -> Ru
         core_every_steps=options.core_every_steps,
         core_bundle=options.core_bundle,
         core_max_per_task=options.core_max_per_task,
+        usual_mfu=plan.throughput.usual_mfu,
         price_per_device_hour=plan.target.price_per_device_hour or 0.0,
     )
 
