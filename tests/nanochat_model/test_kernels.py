@@ -136,11 +136,17 @@ def test_fused_attention_layer(dtype, gated, products, B, T, H, K, D, window, mo
         close(a.grad, b.grad, dtype, f"d{name}")
 
 
-def test_rotary_turns_by_minus_the_angle():
-    x = torch.randn(1, 30, 2, 12, dtype=torch.float64)
-    cos, sin = (t.double().unsqueeze(1) for t in rotary_tables(30, 12))
-    expected = torch.stack([ref.rotary(x[:, t], t) for t in range(30)], 1)
-    torch.testing.assert_close(ops.rotate(x, cos, sin), expected, atol=3e-6, rtol=0)  # tables are float32
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary_turns_by_minus_the_angle(dtype):
+    g = torch.Generator().manual_seed(0)
+    (fast,), (slow,) = leaves(torch.randn(1, 30, 2, 12, generator=g), dtype=dtype)
+    cos, sin = (t.to(dtype).unsqueeze(1) for t in rotary_tables(30, 12))
+    out, expected = ops.rotate(fast, cos, sin), torch.stack([ref.rotary(slow[:, t], t) for t in range(30)], 1)
+    close(out, expected, dtype, "output")
+    grad = torch.randn(out.shape, generator=g)
+    out.backward(grad.to(dtype))
+    expected.backward(grad.to(dtype).double())
+    close(fast.grad, slow.grad, dtype, "dx")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
