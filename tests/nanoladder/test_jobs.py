@@ -181,6 +181,8 @@ def test_a_job_that_would_not_start_is_refused_in_one_line(place: Place, tmp_pat
         done = place.nanoladder("submit", "sweeps/tiny.py", *args)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr + done.stdout
     assert wrong.stat().st_mode & 0o077 == 0, "a token is for nobody else"
+    done = place.ray("job", "submit", "sweeps/tiny.py")  # without the hook Ray ships nothing and starts where it was started
+    assert done.returncode == 1 and "sweeps/tiny.py: not found" in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 def test_the_doctor_visits_every_node(place: Place) -> None:
