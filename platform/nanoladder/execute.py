@@ -78,7 +78,8 @@ def execute_sweeps(
             for sweep, own in zip(sweeps, datas, strict=True)
             for w in make_works(sweep, lambda s, c, d: CellStudy(s, c, storage, d), own)
         ]
-        stack.callback(lambda: [w.study.release() for w in works])
+        for work in works:
+            stack.callback(work.study.release)
         all_listeners = [*_own_listeners(works, workspace, progress, mlflow_uri), *listeners]
         listener = Listeners(all_listeners)
         listener.on_begin(sweeps)
