@@ -15,11 +15,12 @@ TITLE = "Several objectives"
 
 def front_facts(fronts: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
     """`fronts`: see write_report. Rows for the tables and one sentence a sweep."""
-    known = [_sweep_facts(f) for f in fronts or () if any(f["cells"].values())]
+    known = [sweep_front(f) for f in fronts or () if any(f["cells"].values())]
     return {"sweeps": known} if known else {"missing": NO_FRONTS}
 
 
-def _sweep_facts(front: Mapping[str, Any]) -> dict[str, Any]:
+def sweep_front(front: Mapping[str, Any]) -> dict[str, Any]:
+    """One sweep's candidates with their cell, its metrics, and a sentence."""
     points = [{**p, "cell": cell} for cell, candidates in front["cells"].items() for p in candidates]
     best = [p for p in points if p["on_front"]]
     metrics = list(front["objectives"])

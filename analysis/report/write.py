@@ -30,6 +30,7 @@ def write_report(
     *,
     production: Mapping[str, Any] | None = None,
     promotions: Sequence[Mapping[str, Any]] | None = None,
+    fronts: Sequence[Mapping[str, Any]] | None = None,
     mlflow_uri: str | None = None,
     mlflow_store: str | None = None,
     title: str = DEFAULT_TITLE,
@@ -39,12 +40,14 @@ def write_report(
     `laws`: Laws, or its dict, fitted to `table`. `production`: {"name", "run_id", "N", "D", "C", "predicted", "low", "high",
     "surface", "measured" (None before it ran), "seconds", "predicted_at"}, any of them missing. `promotions`: [{"change",
     "stage", "verdict": adopt|reject|undecided, "n_seeds", "axes": {"steps"|"flops"|"seconds": {"gain" (share of the loss,
-    positive is better), "low", "high", "p_value"}}, "reason"}]. `mlflow_uri`: see `run_url`;
+    positive is better), "low", "high", "p_value"}}, "reason"}]. `fronts`: of searches with several objectives, [{"sweep",
+    "question", "objectives": {metric: "minimize" or "maximize"}, "cells": {cell: [{"values", "on_front", a number for each
+    metric}]}}]. `mlflow_uri`: see `run_url`;
     `mlflow_store`: the store from which this machine would serve that page, for a note that says how. Raises DataError for an
     address that cannot be linked to and for a path that cannot be written.
     """
     link = run_url(mlflow_uri)
-    facts = report_facts(laws, table, production, promotions, title=title)
+    facts = report_facts(laws, table, production, promotions, fronts=fronts, title=title)
     drawn, of = drawn_runs(table)
     if len(drawn) < of:
         facts["source"]["notes"].append(f"figures draw {len(drawn):,} of {of:,} runs, evenly chosen; every fit uses all of them")

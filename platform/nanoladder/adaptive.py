@@ -60,6 +60,8 @@ def execute_adaptive(
         left = plan.total_flops - spent
         choice = choose(grown, done, min(ROUND_SHARE * spent, left)) if left > 0 else None
         if choice is None:
+            if left > 0:
+                say(f"{left:.3g} of {plan.total_flops:.3g} FLOPs are left; no new cell that they pay for narrows the interval")
             return records
         rounds.append({"round": len(rounds) + 1, "spent_flops": spent, **choice})
         write_atomic(path, json.dumps({"schema_version": SCHEMA_VERSION, "sweep": sweep.name, "rounds": rounds}, indent=1))
@@ -109,7 +111,9 @@ def choose(sweep: Sweep, records: Sequence[RunRecord], flops: float) -> dict[str
         return None  # no size fits into what is left
     cells = _new_cells(sweep, [(sizes[r.N], r.C) for r in design.runs])
     facts = {"surface": dict(surface), "quantity": plan.quantity, "sd_before": design.sd_before, "sd_after": design.sd_after}
-    return {**facts, "message": design.message, "cells": cells} if cells else None
+    repeated = len(design.runs) - len(cells)
+    message = design.message + (f" ({repeated} left out: run already)" if repeated else "")
+    return {**facts, "message": message, "cells": cells} if cells else None
 
 
 def run_table(records: Sequence[RunRecord]) -> pd.DataFrame:

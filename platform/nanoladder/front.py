@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from nanochat_model.identity import write_atomic
-from nanoladder.space import format_values
 
 FRONT_FILE = "front.html"
 
@@ -43,23 +42,12 @@ def _beats(one: Mapping[str, Any], other: Mapping[str, Any], signs: Mapping[str,
 
 def write_front(index: Mapping[str, Any], folder: Path) -> Path:
     """front.html beside the index: the first two objectives of every candidate, the front joined by a line."""
-    import plotly.graph_objects as go
+    from analysis.report.figures.front import front_figure
+    from analysis.report.fronts import sweep_front
 
-    x, y = list(index["objectives"])[1::-1]
-    figure = go.Figure()
-    for cell, points in fronts(index).items():
-        for on_front in (False, True):
-            chosen = sorted((p for p in points if p["on_front"] == on_front), key=lambda p: p[x])
-            figure.add_scatter(
-                x=[p[x] for p in chosen],
-                y=[p[y] for p in chosen],
-                text=[format_values(p["values"]) for p in chosen],
-                name=f"{cell}, front" if on_front else cell,
-                mode="lines+markers" if on_front else "markers",
-                marker={"size": 9 if on_front else 6, "opacity": 1.0 if on_front else 0.5},
-                line={"shape": "hv"},
-            )
-    figure.update_layout(title=f"{index['sweep']}: {index['question']}", xaxis_title=x, yaxis_title=y, template="simple_white")
+    facts = sweep_front({**{k: index[k] for k in ("sweep", "question", "objectives")}, "cells": fronts(index)})
+    figure = front_figure(facts)
+    figure.update_layout(title=f"{index['sweep']}: {index['question']}", margin={"t": 80})
     path = folder / FRONT_FILE
     write_atomic(path, figure.to_html(include_plotlyjs=True, full_html=True))
     return path

@@ -80,3 +80,14 @@ def read_promotions(workspace: Workspace) -> list[dict[str, Any]]:
     from nanoladder.promote import read_promotions as read_file
 
     return [p for path in sorted((workspace.root / "sweeps").rglob(PROMOTIONS_FILE)) for p in read_file(path)]
+
+
+def read_fronts(workspace: Workspace) -> list[dict[str, Any]]:
+    """Of every sweep under the root with several objectives: {"sweep", "question", "objectives": {metric: direction}, "cells":
+    {cell: candidates, as `front.fronts` gives them}}."""
+    from nanoladder.front import fronts
+    from nanoladder.sweep_index import INDEX_FILE, read_index
+
+    indexes = [read_index(path) for path in sorted((workspace.root / "sweeps").rglob(INDEX_FILE))]
+    keys = ("sweep", "question", "objectives")
+    return [{**{k: i[k] for k in keys}, "cells": fronts(i)} for i in indexes if len(i.get("objectives") or {}) > 1]

@@ -23,6 +23,7 @@ class TerminalLines(Listener):
         self._console = console
         self._seen: set[str] = set()
         self._skipped = 0
+        self._known: set[str] = set()  # runs that were counted: a later round, or another sweep, meets them again
 
     def on_failure(self, trial: Trial, error: str, traceback: str, retry: bool) -> None:
         self._console.print(
@@ -34,8 +35,10 @@ class TerminalLines(Listener):
             self._console.print(f"[dim]{escape(traceback.rstrip())}[/]", soft_wrap=True)
 
     def on_record(self, trial: Trial, record: RunRecord, new: bool) -> None:
+        met = trial.run_id in self._known
+        self._known.add(trial.run_id)
         if not new:
-            self._skipped += 1
+            self._skipped += not met
             return
         if record.status == "failed":
             return
@@ -51,6 +54,7 @@ class TerminalLines(Listener):
     def on_end(self) -> None:
         if self._skipped:
             self._console.print(f"[dim]{self._skipped} runs were recorded already[/]")
+        self._skipped = 0
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from report_inputs import fitted, production, promotions
+from report_inputs import fitted, fronts, production, promotions
 
 from analysis.errors import DataError
 from analysis.laws import Laws, fit_laws
@@ -51,7 +51,12 @@ def many_runs(count: int, path: Path) -> RunTable:
 
 def test_one_file_with_everything_in_it(table: RunTable, laws, tmp_path: Path):
     path = write_report(
-        laws, table, tmp_path / "sub" / "report.html", production=production(measured=None), promotions=promotions()
+        laws,
+        table,
+        tmp_path / "sub" / "report.html",
+        production=production(measured=None),
+        promotions=promotions(),
+        fronts=fronts(),
     )
     html = path.read_text(encoding="utf8")
     assert html.count("* plotly.js v") == 1
@@ -62,7 +67,10 @@ def test_one_file_with_everything_in_it(table: RunTable, laws, tmp_path: Path):
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
     assert len(html) < 6_500_000
     figures = script(html, "data-figures")
-    assert {"isoflop", "surface", "frontier"} <= set(figures)
+    assert {"isoflop", "surface", "frontier", "front_0"} <= set(figures)
+    assert "Of 3 candidates, 2 are beaten by no other of their cell in all of val_bpb and train_seconds." in html
+    line, points = figures["front_0"]["data"]
+    assert (line["x"], line["y"], points["x"]) == ([5.0, 9.0], [1.65, 1.6], [5.0, 6.0, 9.0])
     assert script(html, "data-runs")["length"] == len(table)
 
 
@@ -72,7 +80,13 @@ def test_names_of_runs_cannot_become_markup(table: RunTable, laws, tmp_path: Pat
     made = {**production(measured=1.6), "name": nasty}
     bad = [{**promotions()[0], "change": nasty, "reason": nasty}]
     path = write_report(
-        laws, RunTable(frame=frame, source=nasty), tmp_path / "r.html", production=made, promotions=bad, title=nasty
+        laws,
+        RunTable(frame=frame, source=nasty),
+        tmp_path / "r.html",
+        production=made,
+        promotions=bad,
+        fronts=fronts(nasty),
+        title=nasty,
     )
     html = path.read_text(encoding="utf8")
     assert "<img" not in re.sub(r"<script>\s*/\*\*\s*\* plotly.*?</script>", "", html, flags=re.S)

@@ -21,6 +21,7 @@ from nanochat_model.record import RunRecord
 from nanoladder.adaptive import CHOICES_FILE, execute_adaptive
 from nanoladder.cells import resolve_config
 from nanoladder.front import fronts
+from nanoladder.outcomes import read_fronts
 from nanoladder.space import Choice, Grid, LogUniform, Times, Uniform, When, enumerate_space
 from nanoladder.sweep import Adaptive, Cell, Sweep
 from nanoladder.sweep_index import IndexWriter, read_index
@@ -115,6 +116,8 @@ def test_several_objectives_are_searched_at_once_and_the_front_is_written(tmp_pa
     front = fronts(read_index(workspace.sweep_dir("toy")))[CELL.label]
     best = {t.number for t in study.best_trials}
     assert {p["candidate"] for p in front if p["on_front"]} == best and 1 < len(best) < 16
+    (for_report,) = read_fronts(workspace)
+    assert (for_report["sweep"], for_report["cells"]) == ("toy", {CELL.label: front})
     page = (workspace.sweep_dir("toy") / "front.html").read_text()
     assert "train_seconds" in page and "plotly" in page.lower()
 
@@ -205,6 +208,11 @@ def test_an_adaptive_sweep_chooses_cells_writes_them_down_and_resumes(tmp_path: 
     calls.clear()
     assert {r.run_id for r in execute_adaptive(sweep, Workspace(tmp_path), run=run)} == {r.run_id for r in records}
     assert calls == [0], "nothing is chosen or trained again"
+    said.clear()
+    execute_adaptive(
+        replace(sweep, adaptive=replace(plan, total_flops=1.0001 * spent)), Workspace(tmp_path), say=said.append, run=run
+    )
+    assert len(said) == 1 and "FLOPs are left; no new cell" in said[0]
     path.write_text(path.read_text()[:50])
     with pytest.raises(ConfigError, match="remove it"):
         execute_adaptive(sweep, Workspace(tmp_path), run=run)

@@ -31,6 +31,15 @@ def production(*, measured: float | None, predicted: float = 1.62, run_id: str =
     }  # fmt: skip
 
 
+def fronts(name: str = "small_batches") -> list[dict[str, Any]]:
+    points = [
+        {"candidate": i, "values": {"batch_multiplier": b}, "val_bpb": loss, "train_seconds": s, "on_front": best}
+        for i, (b, loss, s, best) in enumerate([(0.5, 1.6, 9.0, True), (1.0, 1.65, 5.0, True), (2.0, 1.7, 6.0, False)])
+    ]
+    objectives = {"val_bpb": "minimize", "train_seconds": "minimize"}
+    return [{"sweep": name, "question": "What does a smaller batch cost?", "objectives": objectives, "cells": {name: points}}]
+
+
 def promotions() -> list[dict[str, Any]]:
     gain = {"gain": 0.012, "multiplier": 1.08, "low": 0.006, "high": 0.018, "p_value": 0.003}
     loss = {"gain": -0.02, "low": -0.03, "high": -0.01, "p_value": 0.99}
