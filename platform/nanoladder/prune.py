@@ -22,6 +22,7 @@ from nanoladder.trial_spec import STOP_FILE
 from nanoladder.workspace import Workspace
 
 MIN_COMPLETE = 5  # runs of the same cell and seed that must have ended before any is stopped
+MIN_SHARE = 0.1  # of a run's steps that are not judged
 FAR_BEHIND = 0.02  # relative loss beyond the worst quarter of those: seed noise is a tenth of it
 
 
@@ -42,7 +43,7 @@ class Pruner(Listener):
         if event["event"] != "eval" or trial.sweep not in self._watched or trial.run_id in self.stopped:
             return
         step, loss = int(event["step"]), float(event["val_bpb"])
-        if step > constant_until(trial.config):
+        if not constant_from(trial.config) <= step <= constant_until(trial.config):
             return
         share = step / trial.config.num_steps
         others = [at for c in self._curves.get((trial.sweep, trial.cell, trial.seed), ()) if (at := loss_at(c, share)) is not None]
@@ -50,6 +51,11 @@ class Pruner(Listener):
             self.stopped.add(trial.run_id)
             reason = f"pruned at step {step}: far behind in the constant part"
             write_atomic(self._workspace.run_dir(trial.run_id) / STOP_FILE, reason)  # the folder may be on another node so far
+
+
+def constant_from(config: TrainConfig) -> int:
+    """The first step that is judged: after the warm-up and a tenth of the run. Before, a loss tells of the start alone."""
+    return max(config.schedule.warmup_steps, round(MIN_SHARE * config.num_steps))
 
 
 def constant_until(config: TrainConfig) -> int:

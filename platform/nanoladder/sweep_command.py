@@ -255,7 +255,7 @@ def _print_fronts(sweep: Sweep, index: dict[str, Any], folder: Path) -> None:
 def _run_ladder(ladder: Ladder, workspace: Workspace, options: dict[str, Any]) -> int:
     from rich.console import Console
 
-    from nanoladder.promote import PROMOTIONS_FILE
+    from nanoladder.promote import PROMOTIONS_FILE, rank_correlations
     from nanoladder.terminal import TerminalLines, progress_bar
 
     console = Console(highlight=False)
@@ -264,6 +264,8 @@ def _run_ladder(ladder: Ladder, workspace: Workspace, options: dict[str, Any]) -
     for p in promotions:
         console.print(f"[bold]{p.stage}[/] {p.change}: {p.reason}", soft_wrap=True)
         console.print(f"  [dim]{p.summary}[/]", soft_wrap=True)
+    for row in (r for r in rank_correlations(promotions) if r["spearman"] is not None):
+        console.print(f"gains of {row['n']} candidates, {' → '.join(row['stages'])}: rank correlation {row['spearman']:+.2f}")
     reached = {p.stage for p in promotions}
     for stage in ladder.stages:
         if stage.name not in reached:

@@ -14,7 +14,7 @@ from nanochat_model.recipe import PowerRule
 from nanochat_model.record import CurvePoint
 from nanoladder.cells import resolve_config
 from nanoladder.ladder import Ladder, Stage, finalists, moved, screening, stage_recipe
-from nanoladder.promote import judge_screened, judge_stage
+from nanoladder.promote import Promotion, judge_screened, judge_stage, rank_correlations
 from nanoladder.prune import Pruner, constant_until, is_far_behind, loss_at
 from nanoladder.space import Grid, Times
 from nanoladder.sweep import Cell, Sweep
@@ -60,6 +60,30 @@ def test_only_finalists_get_all_seeds_and_nothing_is_adopted_on_one(tmp_path: Pa
     assert {p.change for p in rest} == {"eight", "two"} and all(p.verdict != "adopt" and "first seed" in p.reason for p in rest)
 
 
+def test_winners_that_hurt_later_are_named_and_stages_compared_by_rank(tmp_path: Path) -> None:
+    variants = {name: {"optimizer.matrix_lr": lr} for name, lr in (("0.5", 0.01), ("0.6", 0.012), ("0.4", 0.008))}
+    stages = (
+        Stage(name="a", cells=(CELL,)),
+        Stage(name="b", cells=(replace(CELL, overrides={**KNOBS, "optimizer.matrix_lr": 0.01}),)),
+    )
+
+    def judged(sweep: Sweep, before: list[Promotion]) -> list[Promotion]:
+        bench = Bench(tmp_path, [sweep])
+        bench.run()
+        (work,) = bench.works
+        return judge_stage(sweep, {c.values["variant"]: work.records[c.number] for c in work.study.candidates}, before=before)
+
+    first = LADDER.stage_sweep(stages[0], variants)
+    small = judged(first, [])
+    large = judged(LADDER.stage_sweep(stages[1], moved(variants, first)), small)
+    assert [p.verdict for p in small] == ["adopt"] * 3 and [p.verdict for p in large] == ["reject"] * 3
+    assert all(p.reason.endswith("it won at a and hurts at b") for p in large) and "hurts" not in small[0].reason
+    # gains by the distance of the rate from its best in log: 0.5 > 0.6 > 0.4, then 0.6 > 0.5 > 0.4
+    (found,) = rank_correlations([*small, *large])
+    assert found["stages"] == ["a", "b"] and found["n"] == 3 and found["spearman"] == pytest.approx(0.5)
+    assert rank_correlations(small) == [] and rank_correlations([*small[:2], *large[:2]]) == []
+
+
 def test_a_stage_takes_the_laws_of_its_beginning_and_keeps_them(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     law = {"coefficient": 4096.0, "exponents": {"D": 0.5}, "references": {"D": 1e6}, "status": "converged", "n": 9, "method": "x"}
@@ -75,7 +99,9 @@ def test_a_stage_takes_the_laws_of_its_beginning_and_keeps_them(tmp_path: Path) 
 
 def test_pruning_stops_only_what_trails_far_behind_before_the_decay(tmp_path: Path) -> None:
     space = {"optimizer.matrix_lr": Grid([0.008, 0.009, 0.01, 0.011, 0.012, 0.013])}
-    sweep = replace(Sweep(name="toy", question="?", cells=(CELL,)), space=space, pruning="constant")
+    sweep = replace(
+        Sweep(name="toy", question="?", cells=(CELL,)), space=space, pruning="constant", overrides={"schedule.warmup_steps": 2}
+    )
     bench = Bench(tmp_path, [sweep])
     pruner = Pruner(Workspace(tmp_path), [sweep])
     bench.pool._on_record = pruner.on_record
@@ -83,12 +109,12 @@ def test_pruning_stops_only_what_trails_far_behind_before_the_decay(tmp_path: Pa
     (trial,) = bench.pool.in_flight.values()
     trial = trial.trial
     step = constant_until(trial.config)
-    (tmp_path / "runs" / trial.run_id).mkdir(parents=True, exist_ok=True)
     known = loss_at(next(iter(pruner._curves.values()))[0], step / trial.config.num_steps)
     assert known is not None
     pruner.on_event(trial, {"event": "eval", "step": step + 1, "val_bpb": 9 * known})
+    pruner.on_event(trial, {"event": "eval", "step": 1, "val_bpb": 99 * known})
     pruner.on_event(trial, {"event": "eval", "step": step, "val_bpb": 1.01 * known})
-    assert not pruner.stopped, "in the decay, or near the others: goes on"
+    assert not pruner.stopped, "in the decay, in the warm-up, or near the others: goes on"
     pruner.on_event(trial, {"event": "eval", "step": step, "val_bpb": 1.2 * known})
     assert pruner.stopped == {trial.run_id} and (tmp_path / "runs" / trial.run_id / "stop").read_text().startswith("pruned")
     assert not is_far_behind(9.0, [1.0] * 4)
