@@ -35,6 +35,7 @@ class RemoteSteering(Listener):
 
     def __init__(self, workspace: Workspace) -> None:
         self._remote, self._root = Remote(workspace.remote), workspace.root
+        fetch_statuses(workspace)  # what earlier commands on other machines lost counts on
         self._sweeps: tuple[str, ...] = ()
         self._sent: dict[str, str] = {}  # status files as they are at the URL
         self._running: set[str] = set()

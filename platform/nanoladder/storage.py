@@ -23,11 +23,14 @@ from typing import Any, BinaryIO
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import content_hash
 from nanochat_model.record import RECORD_FILE, RunRecord
+from nanoladder.live_status import STATUS_FILE
 from nanoladder.pool import load_record
+from nanoladder.stopping import REQUEST_FILE
 
 LOCAL_ENV = "NANOLADDER_LOCAL"  # folder under which working copies lie
 CHECKPOINTS = "checkpoints"  # of a run: moved by the process that trains it, not with the rest
 WHOLE_FOLDERS = ("shards", "tokenizer", "sweeps", "stages")
+STEERING = (STATUS_FILE, REQUEST_FILE)  # of a sweep: moved by `remote_steering`, or an old request would end a later command
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 0.5  # doubled after each failed attempt
 PARALLEL = 16  # transfers at a time: small files wait for the network, not for the CPU
@@ -174,7 +177,8 @@ def _open(url: str) -> tuple[Any, str]:
 def pull(url: str, root: Path) -> int:
     """Bring the working copy up to what lies at the URL: all but checkpoints. Returns how many files came."""
     remote = Remote(url)
-    wanted = [p for p, facts in remote.listing().items() if f"/{CHECKPOINTS}/" not in p and _is_old(root / p, facts)]
+    there = {p: f for p, f in remote.listing().items() if f"/{CHECKPOINTS}/" not in p and not p.endswith(STEERING)}
+    wanted = [p for p, facts in there.items() if _is_old(root / p, facts)]
     _parallel(wanted, lambda p: remote.get(p, root / p))
     return len(wanted)
 
@@ -220,7 +224,8 @@ def _small_files(root: Path) -> Iterator[Path]:
     for pattern in ("*.json", "*.html", "runs/*/*.json", "runs/*/tokenizer/*"):
         yield from root.glob(pattern)
     for folder in WHOLE_FOLDERS:
-        yield from (f for f in (root / folder).rglob("*") if f.is_file() and not f.name.startswith("."))
+        files = (f for f in (root / folder).rglob("*") if f.is_file() and not f.name.startswith("."))
+        yield from (f for f in files if f.name not in STEERING)
 
 
 # Both copies of a file carry the time at which it was written at the URL, so each side can tell what is new to it.

@@ -23,6 +23,7 @@ from nanochat_model.train import pretrain
 from nanoladder import cli, remote_steering, storage
 from nanoladder.cells import make_trial
 from nanoladder.space import Grid
+from nanoladder.stopping import request_stop
 from nanoladder.storage import Remote, mirrored, pull, push
 from nanoladder.sweep import Cell, Sweep
 from nanoladder.trial_spec import TrialSpec
@@ -155,8 +156,9 @@ def test_commands_read_and_write_a_url(
     workspace = Workspace(url)
     record = pretrain(tiny_config(), RUNTIME, run_dir=workspace.run_dir(run_id(tiny_config())))
     (workspace.root / "optuna.db").write_text("local")
+    request_stop(workspace.sweep_dir("s"))
     assert push(url, workspace.root) > 0 and push(url, workspace.root) == 0, "what is there is not sent again"
-    assert not [p for p in Remote(url).listing() if p.endswith(".db") or "/checkpoints/" in p]
+    assert not [p for p in Remote(url).listing() if p.endswith((".db", "stop.json")) or "/checkpoints/" in p]
 
     machine(monkeypatch, tmp_path / "two")
     assert cli.run(["runs", "--storage", url, "--json"]) == 0

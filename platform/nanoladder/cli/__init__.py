@@ -113,7 +113,7 @@ def _run(name: str, command: Command, rest: list[str]) -> int:
         config = (*config, tyro.conf.FlagCreatePairsOff)
     parsed = tyro.cli(args, prog=f"nanoladder {name}", args=rest, config=config)
     storage = str(getattr(parsed, "storage", ""))
-    if "://" not in storage:
+    if "://" not in storage or not getattr(args, "mirrored", True):
         return int(parsed.run() or 0)
     from nanoladder.storage import mirrored
 

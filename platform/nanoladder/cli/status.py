@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import tyro
 
@@ -21,6 +22,7 @@ class Status:
     Example: nanoladder status wd_d20 --storage /shared/runs --watch --price 2.5
     """
 
+    mirrored: ClassVar[bool] = False  # of a storage at a URL it reads the status files alone
     sweep: tyro.conf.Positional[str] = ""
     """A sweep or ladder; left out: all under the storage root."""
     storage: Storage = field(default_factory=default_storage)
@@ -59,6 +61,7 @@ class Stop:
     Example: nanoladder stop wd_d20 --storage /shared/runs
     """
 
+    mirrored: ClassVar[bool] = False
     sweep: tyro.conf.Positional[str]
     """A sweep, or a ladder: then its stage that runs."""
     storage: Storage = field(default_factory=default_storage)
