@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_model.native import ops as native
+from nanochat_model.native import products
 
 SOFTCAP = 15.0  # logits = 15·tanh(raw/15) (nanochat gpt.py)
 IGNORE_INDEX = -1
@@ -62,18 +63,18 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         size = chunk_tokens(x.device)
-        table = weight[:vocab_size].to(x.dtype)
+        rows = weight[:vocab_size]
         needs_grad = x.requires_grad or weight.requires_grad
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if needs_grad else None
         grad_table = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        table = _Table(x, rows, needs_grad)
         for start in range(0, x.shape[0], size):
             xc, tc = x[start : start + size], targets[start : start + size]
-            loss, grad_logits = _chunk(xc @ table.T, tc, needs_grad)
+            loss, grad_logits = _chunk(table.logits(xc), tc, needs_grad)
             total += loss
             if grad_x is not None and grad_table is not None and grad_logits is not None:
-                torch.mm(grad_logits, table, out=grad_x[start : start + size])
-                _add(grad_table[:vocab_size], grad_logits.T @ xc)
+                table.backward(grad_logits, xc, grad_x[start : start + size], grad_table[:vocab_size])
         if needs_grad:
             ctx.kept, ctx.weight = (grad_x, grad_table), weight
         return total
@@ -90,12 +91,32 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return grad_x, None, None, None
 
 
-def _add(total: Tensor, part: Tensor) -> None:
-    """total (float32) += part, as one pass where the kernels take it."""
-    if native.usable(part):
-        native.call("accumulate" + native.SUFFIX[part.dtype], total, part, total.numel())
-    else:
-        total += part
+class _Table:
+    """The unembedding table (V, C) in the dtype of features, for the products of one pass: packed for C or cast for PyTorch."""
+
+    def __init__(self, x: Tensor, rows: Tensor, needs_grad: bool) -> None:
+        self.rows = rows
+        self.cast: Tensor | None = None
+        if native.usable(x) and products.in_c(x, (rows,)):
+            self.outputs, _ = products.packed_outputs((rows,))
+            if needs_grad:
+                self.inputs = products.packed_inputs((rows,))
+        else:
+            self.cast = rows.to(x.dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return x @ self.cast.T if self.cast is not None else products.product(x, self.outputs, len(self.rows))
+
+    def backward(self, g: Tensor, x: Tensor, grad_x: Tensor, grad_table: Tensor) -> None:
+        """Gradients of the features (written) and of the table (added), from those of the raw logits."""
+        if self.cast is None:
+            products.product(g, self.inputs, x.shape[1], out=grad_x)
+        else:
+            torch.mm(g, self.cast, out=grad_x)
+        if native.usable(g):
+            products.accumulate_gradient(grad_table, g, x)
+        else:
+            grad_table += g.T @ x
 
 
 def _chunk(raw: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -67,4 +67,6 @@ static inline uint16_t float_to_bf16(float v) { /* to nearest, ties to even */
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 #include "attention.inc"
+#include "products.inc"
+#include "cross_entropy.inc"
 #endif

@@ -111,8 +111,10 @@ def cross_entropy_rows(raw: Tensor, targets: Tensor, cap: float, want_grad: bool
     """Losses (n,) of raw logits (n, V) after the soft cap; with want_grad `raw` becomes the gradient of their sum."""
     n, V = raw.shape
     losses = torch.empty(n, dtype=torch.float32)
-    scratch = torch.empty(2 * V * torch.get_num_threads(), dtype=torch.float32)
-    _call("cross_entropy", raw.dtype, raw, targets.contiguous(), losses, scratch, n, V, cap, int(want_grad))
+    scratch = torch.empty(2 * (V + 32) * torch.get_num_threads(), dtype=torch.float32)
+    in_vectors = raw.dtype == torch.bfloat16 and hasattr(kernels(), "cross_entropy_vectors")
+    name = "cross_entropy_vectors" if in_vectors else "cross_entropy" + SUFFIX[raw.dtype]
+    call(name, raw, targets.contiguous(), losses, scratch, n, V, cap, int(want_grad))
     return losses
 
 

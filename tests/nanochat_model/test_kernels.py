@@ -15,7 +15,7 @@ from torch import Tensor
 from nanochat_model import attention, attention_backends, fp8, gpt, loss, ops
 from nanochat_model.errors import ConfigError
 from nanochat_model.gpt import rotary_tables
-from nanochat_model.native import build
+from nanochat_model.native import build, products
 from nanochat_model.native import ops as native
 from nanochat_model.native.attention import Meaning, core_attention, fused
 
@@ -296,6 +296,57 @@ def test_fp8_is_refused_on_a_cpu_and_small_layers_stay_out():
     with pytest.raises(ConfigError, match="fp8 needs"):
         fp8.fp8_linear(torch.zeros(4, 128), torch.zeros(128, 128), "tensorwise")
     assert fp8.eligible(768, 3072) and not fp8.eligible(64, 256) and not fp8.eligible(136, 136)
+
+
+PRODUCT_CASES = [  # tokens, outputs of the stacked weights, inputs
+    (2048, (64,), 64),
+    (37, (8, 16, 24), 40),  # no multiple of a tile or a strip anywhere
+    (1031, (136,), 72),
+    (9, (48,), 200),
+    (5, (16,), 16),  # too few tokens for C
+    (300, (20, 20), 6),  # sizes that C does not take
+]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, outputs, inputs", PRODUCT_CASES)
+def test_products_of_linear_layers(dtype, tokens, outputs, inputs):
+    torch.manual_seed(0)
+    weights = [torch.randn(n, inputs) for n in outputs]
+    joint = torch.cat(weights).to(dtype).double()
+    x = torch.randn(tokens, inputs + 6).to(dtype)[:, :inputs]  # rows that lie apart, as views of wider ones do
+    g, hidden = torch.randn(tokens, len(joint)).to(dtype), torch.randn(tokens, inputs).to(dtype)
+    close(products.linear(x, weights), x.double() @ joint.T, dtype, "linear")
+    close(products.linear_backward(g, weights), g.double() @ joint, dtype, "its input's gradient")
+    found, active = products.hidden_and_square(x, weights[0])
+    expected = (x.double() @ joint.T)[:, : outputs[0]]
+    close(found, expected, dtype, "hidden")
+    close(active, expected.relu().square(), dtype, "relu²")
+    close(
+        products.hidden_backward(g, torch.cat(weights), hidden),
+        2 * hidden.double().relu() * (g.double() @ joint),
+        dtype,
+        "relu² back",
+    )
+    for square in (False, True):
+        total = torch.ones(len(joint), inputs)
+        products.accumulate_gradient(total, g, x, square=square)
+        close(total - 1, g.double().T @ (x.double().relu().square() if square else x.double()), dtype, f"gradient, square {square}")
+
+
+@pytest.mark.skipif(not hasattr(build.kernels(), "product_rows"), reason="no AVX512-BF16 here")
+def test_products_in_c_do_not_depend_on_threads():
+    torch.manual_seed(0)
+    x, g, weight = torch.randn(700, 64).bfloat16(), torch.randn(700, 96).bfloat16(), torch.randn(96, 64)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        total = torch.zeros(96, 64)
+        products.accumulate_gradient(total, g, x)
+        results.append((products.linear(x, [weight]), products.linear_backward(g, [weight]), total))
+    torch.set_num_threads(1)
+    assert all(torch.equal(p, q) for other in results[1:] for p, q in zip(results[0], other, strict=True))
 
 
 def plain_layers(monkeypatch):

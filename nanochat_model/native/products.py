@@ -1,0 +1,156 @@
+"""The products of linear layers in a training step on CPUs: in C for bfloat16 on CPUs that multiply bfloat16 pairs, else PyTorch's.
+
+M tokens. Weights (out, in) are float32; several that read the same input are given together and count as one, stacked by outputs.
+In C a weight is rounded while it is packed, and a weight's gradient is added up in float32 where it belongs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat_model.native.build import kernels
+from nanochat_model.native.ops import SUFFIX, call
+
+MULTIPLE = 8  # of inputs and outputs, and the fewest tokens, that the C products take
+WORD_BYTES = 4
+PLAIN, RELU_SQUARE, RELU_SQUARE_BACKWARD = range(3)  # what follows a product, as in products.inc
+
+
+def in_c(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether products of x (M, …) with these weights are done in C."""
+    return (
+        x.dtype == torch.bfloat16
+        and len(x) >= MULTIPLE
+        and x.stride(-1) == 1
+        and x.stride(0) % 2 == 0
+        and all(w.dtype == torch.float32 and w.shape[0] % MULTIPLE == w.shape[1] % MULTIPLE == 0 for w in weights)
+        and hasattr(kernels(), "product_rows")
+    )
+
+
+def linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """x (M, in) times the transposed weights: (M, all outputs)."""
+    if not in_c(x, weights):
+        return x @ _joint(weights, x.dtype).T
+    packed, num_out = packed_outputs(weights)
+    return product(x, packed, num_out)
+
+
+def linear_backward(g: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """g (M, all outputs) times the weights: the gradient (M, in) of what they read."""
+    if not in_c(g, weights):
+        return g @ _joint(weights, g.dtype)
+    return product(g, packed_inputs(weights), weights[0].shape[1])
+
+
+def hidden_and_square(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """h = x weightᵀ and relu(h)², both (M, out)."""
+    if in_c(x, (weight,)):
+        hidden = x.new_empty((len(x), len(weight)))
+        return hidden, product(x, packed_outputs((weight,))[0], len(weight), after=RELU_SQUARE, other=hidden)
+    hidden = linear(x, (weight,))
+    return hidden, relu_square(hidden)
+
+
+def hidden_backward(g: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
+    """Gradient of h where relu(h)² went through `weight` (out, in) and g (M, out) came back."""
+    if in_c(g, (weight,)):
+        return product(g, packed_inputs((weight,)), weight.shape[1], after=RELU_SQUARE_BACKWARD, other=hidden)
+    out = linear_backward(g, (weight,))
+    call("relu_square_backward" + SUFFIX[g.dtype], hidden, out, out, out.numel())
+    return out
+
+
+def relu_square(x: Tensor) -> Tensor:
+    """relu(x)², without autograd."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    call("relu_square" + SUFFIX[x.dtype], x, out, x.numel())
+    return out
+
+
+def add_gradient(weight: Tensor, g: Tensor, x: Tensor, *, square: bool = False) -> Tensor | None:
+    """Add gᵀ x (with `square` gᵀ relu(x)²) to weight.grad where there is one; otherwise return it, for autograd."""
+    total = weight.grad
+    made = None
+    if total is None or not total.is_contiguous() or total.dtype != torch.float32:
+        total = made = torch.zeros(weight.shape, dtype=torch.float32)
+    accumulate_gradient(total, g, x, square=square)
+    return made if made is None else made.to(weight.dtype)
+
+
+def accumulate_gradient(total: Tensor, g: Tensor, x: Tensor, *, square: bool = False) -> None:
+    """total (out, in) float32 += gᵀ x (with `square` gᵀ relu(x)²); g (M, out), x (M, in)."""
+    if in_c(g, (total,)) and in_c(x, ()):
+        num_out, num_in = total.shape
+        scratch = _words(_gradient_scratch(num_out, num_in))
+        at = (g.data_ptr(), x.data_ptr())
+        call("weight_gradient", total, *at, scratch, g.stride(0), x.stride(0), len(g), num_out, num_in, int(square))
+        return
+    part = g.T @ (relu_square(x) if square else x)
+    call("accumulate" + SUFFIX[part.dtype], total, part, total.numel())
+
+
+def packed_outputs(weights: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """The weights (C products only), packed for `x weightᵀ`, and their number of outputs."""
+    num_in, num_out = weights[0].shape[1], sum(len(w) for w in weights)
+    packed, at = _words(_packed_words(num_in, num_out)), 0
+    for w in weights:
+        call("pack_outputs", w, packed, len(w), num_in, at)
+        at += len(w)
+    return packed, num_out
+
+
+def packed_inputs(weights: Sequence[Tensor]) -> Tensor:
+    """The weights (C products only), packed for `g weight`."""
+    num_in, num_out = weights[0].shape[1], sum(len(w) for w in weights)
+    packed, at = _words(_packed_words(num_out, num_in)), 0
+    for w in weights:
+        call("pack_inputs", w, packed, len(w), num_in, num_out, at)
+        at += len(w)
+    return packed
+
+
+def product(
+    x: Tensor, packed: Tensor, width: int, *, after: int = PLAIN, other: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x (M, K), whose rows may lie apart, times a packed matrix (K, width)."""
+    M, K = x.shape
+    if M < MULTIPLE:  # the last tokens of a batch
+        assert other is None
+        few = product(F.pad(x, (0, 0, 0, MULTIPLE - M)), packed, width)[:M]
+        return few if out is None else out.copy_(few)
+    out = x.new_empty((M, width)) if out is None else out
+    assert other is None or other.stride() == out.stride()
+    call("product_rows", x.data_ptr(), packed, out, other, x.stride(0), width, M, width, K, after)
+    return out
+
+
+def _joint(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return (weights[0] if len(weights) == 1 else torch.cat(list(weights))).to(dtype)
+
+
+def _words(count: int) -> Tensor:
+    return torch.empty(WORD_BYTES * count, dtype=torch.uint8)
+
+
+@functools.cache
+def _packed_words(K: int, N: int) -> int:
+    return _count("packed_words", K, N)
+
+
+@functools.cache
+def _gradient_scratch(num_out: int, num_in: int) -> int:
+    return _count("gradient_scratch", num_out, num_in)
+
+
+def _count(name: str, *sizes: int) -> int:
+    size = getattr(kernels(), name)
+    size.restype = ctypes.c_int64
+    return int(size(*(ctypes.c_int64(s) for s in sizes)))
