@@ -11,6 +11,12 @@ STRAGGLING = 1.15  # times the fastest rank's computation: more is no chance
 PARTS = ("data", "compute", "wait", "communication", "optimizer")
 
 
+def describe_startup(seconds: Mapping[str, float]) -> str:
+    """How long the first step took, in one line."""
+    parts = ", ".join(f"{part.replace('_', ' ')} {value:.1f}" for part, value in seconds.items())
+    return f"first step done after {sum(seconds.values()):.1f} s ({parts})"
+
+
 def describe_times(seconds: Mapping[str, float], compute_by_rank: Sequence[float] = ()) -> str:
     """The share of each part of a step, and the straggler among several ranks, in one line; "" where nothing was timed."""
     total = sum(seconds.values())

@@ -23,7 +23,7 @@ from nanochat_model.horizon import Horizon
 from nanochat_model.identity import run_id
 from nanochat_model.recipe import NANOCHAT, Recipe
 from nanochat_model.record import CurvePoint, RunRecord
-from nanochat_model.step_shares import describe_times
+from nanochat_model.step_shares import describe_startup, describe_times
 
 EXAMPLES = """\
 Examples:
@@ -249,12 +249,6 @@ def _moved(told: Mapping[str, float], seconds: Mapping[str, float]) -> bool:
     """Whether any part's share of a step is over 5 points from what was told."""
     before, now = sum(told.values()), sum(seconds.values())
     return now > 0 and (not before or any(abs(told[part] / before - s / now) > 0.05 for part, s in seconds.items()))
-
-
-def describe_startup(seconds: Mapping[str, float]) -> str:
-    """How long the first step took, in one line."""
-    parts = ", ".join(f"{part.replace('_', ' ')} {value:.1f}" for part, value in seconds.items())
-    return f"first step done after {sum(seconds.values()):.1f} s ({parts})"
 
 
 def print_diagnostics(metrics: Mapping[str, float]) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from nanochat_model.step_shares import describe_startup, describe_times
 from nanoladder.alerts import Alert
 from nanoladder.plan import LaunchPlan
 
@@ -26,6 +27,7 @@ class LiveRun:
         self._clock = clock
         self._live: Live | None = None
         self._logged_at: float | None = None
+        self._untold = {"startup", "times"}
         self.val_bpb: float | None = None
         self.alerts = 0
 
@@ -63,6 +65,7 @@ class LiveRun:
                 self.say(f"step {event['step']}: {text[:SAMPLE_CHARACTERS]!r}", "dim")
 
     def _step(self, event: dict[str, Any]) -> None:
+        self._tell_times(event)
         line = step_line(event, self.plan, self.val_bpb)
         if self._live is not None:
             alerts = f"  {self.alerts} alert(s)" if self.alerts else ""
@@ -72,6 +75,16 @@ class LiveRun:
         if last or self._logged_at is None or now - self._logged_at >= LOG_EVERY_SECONDS:
             self._logged_at = now
             self.say(line)
+
+    def _tell_times(self, event: dict[str, Any]) -> None:
+        """Once each: how long the first step took, and where a step's time goes."""
+        startup, times = event.get("startup_seconds"), event.get("step_seconds")
+        if startup and "startup" in self._untold:
+            self._untold.remove("startup")
+            self.say(describe_startup(startup))
+        if times and "times" in self._untold:
+            self._untold.remove("times")
+            self.say(f"a step: {describe_times(times, event.get('rank_compute_seconds', ()))}")
 
 
 def step_line(event: dict[str, Any], plan: LaunchPlan, val_bpb: float | None = None) -> str:

@@ -98,14 +98,18 @@ def test_on_a_terminal_the_line_stays_in_place() -> None:
     out = io.StringIO()
     plan = tiny_plan()
     with LiveRun(plan, Console(file=out, force_terminal=True, width=120)) as live:
+        times = {"startup_seconds": {"build": 1.0, "first_step": 2.0}, "step_seconds": {"compute": 3.0, "communication": 1.0}}
         for step in (10, 20, 30):
-            live.event({"event": "step", "step": step, "train_loss": 3.0, "tokens_per_second": 99.0, "mfu": None, "seconds": 1.0})
+            facts = {"train_loss": 3.0, "tokens_per_second": 99.0, "mfu": None, "seconds": 1.0, **times}
+            live.event({"event": "step", "step": step, "rank_compute_seconds": (2.0, 4.0), **facts})
         live.event({"event": "eval", "step": 30, "val_bpb": 2.5})
         assert live._live is not None
         live._live.refresh()
     text = out.getvalue()
     assert "step 30: validation 2.5000 bpb\n" in text.replace("\r", "") and "step 30/60" in text
     assert "step 10/60  loss 3.0000\n" not in text
+    assert text.count("first step done after 3.0 s (build 1.0, first step 2.0)") == 1
+    assert text.count("a step: compute 75%, communication 25%, slowest rank 1 (+100% on the fastest)") == 1
 
 
 def test_a_plan_without_data_or_with_a_bad_law_is_not_launched(tmp_path: Path) -> None:
