@@ -176,6 +176,10 @@ def test_it_fits_any_width_and_theme(page: Page, width: int, dark: bool, tmp_pat
         if step:
             page.click(step)
         assert page.evaluate(OVERFLOW) == 0 and page.evaluate(OUTSIDE) == [], step
+        if step == "#card-button":  # read to its end, it can still be closed
+            page.evaluate("document.getElementById('card').scrollTo(0, 9999)")
+            assert page.evaluate("document.querySelector('aside .top button').getBoundingClientRect().top >= 0")
+    page.wait("(log => log.scrollHeight - log.scrollTop - log.clientHeight < 2)(document.getElementById('log'))")  # the end is seen
     box = "document.querySelector('.box').getBoundingClientRect()"
     assert page.evaluate(f"{box}.bottom <= innerHeight && {box}.width > innerWidth * 0.5")
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")

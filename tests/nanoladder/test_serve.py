@@ -201,6 +201,13 @@ def test_a_full_queue_says_so(client: openai.OpenAI, server: tuple[str, Service]
     assert client.chat.completions.create(model="tiny", messages=HI, max_tokens=1).usage.completion_tokens == 1
 
 
+def test_no_reply_is_longer_than_the_server_allows(run_dir: Path) -> None:
+    with serving(run_dir, max_reply_tokens=3) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        reply = client.chat.completions.create(model="tiny", messages=HI, temperature=0, max_tokens=50)
+    assert reply.usage.completion_tokens == 3 and reply.choices[0].finish_reason == "length"
+
+
 def test_a_key_is_asked_for_and_other_names_are_refused(server: tuple[str, Service]) -> None:
     """Around a service that runs already: no lifespan."""
     web = TestClient(create_app(server[1], api_key="secret", allowed_hosts=("localhost",)), base_url="http://localhost")

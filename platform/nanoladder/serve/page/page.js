@@ -82,21 +82,20 @@ async function answer() {
   const controller = (running = new AbortController());
   const view = show();
   const started = performance.now();
-  let tokens = 0, first = null, finish = null, dropped = 0;
+  let tokens = 0, finish = null, dropped = 0;
   try {
     for await (const event of events(controller.signal)) {
       dropped = event.dropped_messages ?? dropped;
       const choice = event.choices[0];
       if (choice?.delta.content) {
-        first ??= performance.now();
         reply.content += choice.delta.content;
         draw(view, reply.content);
       }
       finish = choice?.finish_reason ?? finish;
       tokens = event.usage?.completion_tokens ?? tokens;
     }
-    const seconds = (performance.now() - (first ?? started)) / 1000;
-    reply.note = `${tokens} tokens${tokens > 1 && seconds > 0 ? `, ${short((tokens - 1) / seconds, 2)} per second` : ""}`;
+    const seconds = (performance.now() - started) / 1000; // waiting included: what one person got
+    reply.note = tokens === 1 ? "1 token" : `${tokens} tokens, ${short(tokens / seconds, 2)} per second`;
     if (finish === "length") reply.note += "; cut at the longest reply";
     if (reply.content === "") reply.note = "The model said nothing.";
   } catch (error) {
@@ -257,6 +256,7 @@ function begin() {
     if (running !== null) stop();
     else if (!$("card").hidden) toggleCard(false);
   });
+  $("settings").addEventListener("toggle", () => { $("log").scrollTop = $("log").scrollHeight; }); // it takes room from the end
   $("stop").addEventListener("click", () => { stop(); $("input").focus(); });
   $("new").addEventListener("click", newChat);
   $("card-button").addEventListener("click", () => toggleCard());
