@@ -15,7 +15,8 @@ import pandas as pd
 from analysis.columns import KEYS
 from analysis.errors import DataError
 from analysis.table import RunTable, table_from_frame
-from nanoladder.tracking import EXPERIMENT, NOT_PARAMS, TAG, connect
+from nanoladder.mlflow_facts import NOT_PARAMS, TAG
+from nanoladder.tracking import EXPERIMENT, connect
 
 PAGE = 1000
 KNOBS = (

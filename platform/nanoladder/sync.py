@@ -55,7 +55,8 @@ def sync(
 def _sync_mlflow(
     workspace: Workspace, indexes: list[dict[str, Any]], records: dict[str, RunRecord], uri: str, say: Callable[[str], None]
 ) -> None:
-    from nanoladder.tracking import TAG, MlflowWriter
+    from nanoladder.mlflow_facts import TAG
+    from nanoladder.tracking import MlflowWriter
 
     writer = MlflowWriter(uri, workspace.root / "mlartifacts")
     verdicts = _verdicts(workspace.root)

@@ -10,7 +10,6 @@ milliseconds as step. `train_flops`, `train_seconds` and `num_tokens` at the sam
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import queue
@@ -23,12 +22,21 @@ from typing import Any
 from nanochat_model.record import CurvePoint, RunRecord
 from nanoladder.cells import Trial, flatten
 from nanoladder.listen import Listener
+from nanoladder.mlflow_facts import (
+    NOT_PARAMS,
+    TAG,
+    diagnostic_metrics,
+    final_metrics,
+    milliseconds,
+    point_metrics,
+    record_tags,
+    sweep_tags,
+)
 from nanoladder.pool import trial_tags
 from nanoladder.space import format_values
 from nanoladder.sweep import Sweep
 
 EXPERIMENT = "nanoladder"
-TAG = "nanoladder."
 FLUSH_SECONDS = 3.0  # between two batches of a running trial's metrics; a run that ends sooner is written at once, whole
 GIVE_UP_SECONDS = 30.0  # without an answer, how long nothing is sent
 CLOSE_SECONDS = 60.0  # how long the end of a command waits for the mirror
@@ -36,7 +44,6 @@ MAX_QUEUED = 50_000
 BATCH = 900  # metrics a call; MLflow takes at most 1000
 SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_DISABLE_TELEMETRY": "true"}
 TERMINAL = ("FINISHED", "FAILED", "KILLED")
-NOT_PARAMS = ("data.path", "eval.every_steps")  # not part of a run's identity, so they may differ when it is run again
 log = logging.getLogger(__name__)
 
 Warn = Callable[[str], None]
@@ -58,7 +65,7 @@ class MlflowMirror(Listener):
     def on_begin(self, sweeps: Sequence[Sweep]) -> None:
         self._thread.start()
         for sweep in sweeps:
-            self._put("begin", sweep.name, _sweep_tags(sweep))
+            self._put("begin", sweep.name, sweep_tags(sweep))
 
     def on_start(self, trial: Trial, attempt: int) -> None:
         self._put("start", trial, attempt)
@@ -204,14 +211,14 @@ class MlflowWriter:
     def record(self, trial: Trial, record: RunRecord) -> None:
         """Complete a trial's run from its record; nothing is sent where MLflow has it already."""
         self._started.pop((trial.sweep, trial.run_id), None)
-        child = self._child(trial, _milliseconds(record.started_at))
+        child = self._child(trial, milliseconds(record.started_at))
         if child.finished_at and child.finished_at == record.finished_at:
             return
         client = self.client
         from mlflow.entities import Metric, Param, RunTag
 
-        now = _milliseconds(record.finished_at)
-        started_ms = child.started_ms or _milliseconds(record.started_at)
+        now = milliseconds(record.finished_at)
+        started_ms = child.started_ms or milliseconds(record.started_at)
         last_step = record.curve[-1].step if record.curve else 0
         metrics = [m for p in record.curve if p.step > child.last_step for m in point_metrics(p, started_ms)]
         metrics += [Metric(k, float(v), now, last_step) for k, v in final_metrics(record).items()]
@@ -333,72 +340,6 @@ def _search(client: Any, experiment: str, where: str) -> list[Any]:
         token = page.token
         if not token:
             return found
-
-
-def point_metrics(point: CurvePoint, started_ms: int) -> list[Any]:
-    """One evaluation as MLflow metrics on the three axes."""
-    from mlflow.entities import Metric
-
-    at = started_ms + round(point.seconds * 1000)
-    plain = {"val_bpb": point.val_bpb, "num_tokens": point.num_tokens, "train_flops": point.train_flops}
-    plain |= {"train_seconds": point.seconds} | ({"train_loss": point.train_loss} if point.train_loss is not None else {})
-    metrics = [Metric(k, float(v), at, point.step) for k, v in plain.items()]
-    metrics.append(Metric("by_gflops/val_bpb", point.val_bpb, at, round(point.train_flops / 1e9)))
-    metrics.append(Metric("by_milliseconds/val_bpb", point.val_bpb, at, round(point.seconds * 1000)))
-    return metrics
-
-
-def final_metrics(record: RunRecord) -> dict[str, float]:
-    """The numbers of a record that tables and laws are made of."""
-    numbers = {
-        "final_val_bpb": record.val_bpb,
-        "core": record.core,
-        "total_train_flops": record.train_flops,
-        "total_num_tokens": record.num_tokens,
-        "total_train_seconds": record.train_seconds,
-        "tokens_per_second": record.tokens_per_second,
-        "mfu": record.mfu,
-        "attempts": record.attempts,
-        "num_devices": record.num_devices,
-        "startup_seconds": sum(record.startup_seconds.values()) if record.startup_seconds else None,
-        **{f"step_seconds/{part}": seconds for part, seconds in record.step_seconds.items()},
-        **{f"params_{k}": v for k, v in record.params.items()},
-    }
-    return {k: float(v) for k, v in numbers.items() if v is not None}
-
-
-def diagnostic_metrics(record: RunRecord, at: int, after_step: int) -> list[Any]:
-    """What a run measured inside, as MLflow metrics `diagnostics/<kind>/<where>` at the steps after `after_step`. `at`: ms."""
-    from mlflow.entities import Metric
-
-    steps = record.diagnostics.get("step", [])
-    return [
-        Metric(f"diagnostics/{name}", float(value), at, step)
-        for name, column in record.diagnostics.items()
-        for step, value in zip(steps, column, strict=True)
-        if name != "step" and value is not None and step > after_step
-    ]
-
-
-def record_tags(trial: Trial, record: RunRecord) -> dict[str, str]:
-    tags = {"status": record.status, "stage": record.stage, "finished_at": record.finished_at, "device": record.device}
-    tags |= {"backend": record.backend, "comparable_hash": record.comparable_hash, "seed": str(record.seed)}
-    tags |= {"git_commit": record.git_commit, "candidate": str(trial.candidate), "values": format_values(trial.values)}
-    tags |= {"data_path": record.config.data.path, **record.tags}
-    if record.error:
-        tags["error"] = record.error[:500]
-    return {TAG + k: v for k, v in tags.items() if v}
-
-
-def _sweep_tags(sweep: Sweep) -> dict[str, str]:
-    tags = {"question": sweep.question, "source": sweep.source, "stage": sweep.stage, "purpose": sweep.purpose}
-    return {TAG + k: v for k, v in tags.items() if v} | {"mlflow.note.content": sweep.question}
-
-
-def _milliseconds(iso: str) -> int:
-    if not iso:
-        return round(time.time() * 1000)
-    return round(datetime.datetime.fromisoformat(iso).timestamp() * 1000)
 
 
 def _first_line(error: Exception) -> str:
