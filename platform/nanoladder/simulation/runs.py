@@ -63,6 +63,7 @@ class Simulated:
     failed_attempts: int
     commands: int  # the first, and again after runs had failed twice
     unfinished: int  # runs that had not completed when the commands were given up
+    longest_seconds: float  # training of the longest run: no fleet is faster
     bars: tuple[Bar, ...] = ()
 
     @property
@@ -76,6 +77,7 @@ class Simulated:
         hours = {f"{kind}_device_hours": d[kind] / HOUR for kind in KINDS}
         facts = {
             "wall_hours": self.wall_seconds / HOUR,
+            "longest_run_hours": self.longest_seconds / HOUR,
             "booked_device_hours": self.booked / HOUR,
             "busy_device_hours": busy / HOUR,
             "utilization": busy / self.booked if self.booked else 0.0,
@@ -104,7 +106,7 @@ def simulate_once(setting: Setting, seed: int, *, keep_bars: bool = False) -> Si
         kills=setting.kills,
         keep_bars=keep_bars,
     )
-    trained: set[str] = set()
+    trained: dict[str, float] = {}  # run_id -> seconds of training
     commands, failed = 0, True
     while failed and commands < MAX_COMMANDS:
         commands += 1
@@ -121,11 +123,12 @@ def simulate_once(setting: Setting, seed: int, *, keep_bars: bool = False) -> Si
         failed_attempts=engine.failed_attempts,
         commands=commands,
         unfinished=sum(records.by_id[i].status == "failed" for i in trained),
+        longest_seconds=max(trained.values(), default=0.0),
         bars=tuple(engine.bars or ()),
     )
 
 
-def _run_phase(phase: Phase, setting: Setting, engine: Engine, records: MemoryRecords, trained: set[str]) -> None:
+def _run_phase(phase: Phase, setting: Setting, engine: Engine, records: MemoryRecords, trained: dict[str, float]) -> None:
     pool = Pool(phase.works(), records, extend=extend_edges, make=phase.make)
     if pool.done:
         return
@@ -136,7 +139,7 @@ def _run_phase(phase: Phase, setting: Setting, engine: Engine, records: MemoryRe
             attempts = pool.attempts(trial.run_id)
             record = replace(record, status="failed", val_bpb=None, core=None, error="its node was lost", attempts=attempts)
         records.save(record)
-        trained.add(trial.run_id)
+        trained[trial.run_id] = setting.jobs.job(phase.sweep, trial).seconds
         pool.finish(trial.run_id, record)
 
     engine.wait(setting.overheads.stage)

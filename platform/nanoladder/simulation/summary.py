@@ -22,6 +22,8 @@ KIND_LABELS = {
     "idle": "idle",
 }
 
+TIMES = (("wall-clock", "wall_hours"), ("  the longest run", "longest_run_hours"))
+
 
 def summarise(target: Sweep | Ladder, setting: Setting, simulated: Sequence[Simulated], spread_source: str) -> dict[str, Any]:
     """Everything `nanoladder simulate --json` prints. Intervals: median and central 90% over seeds."""
@@ -97,7 +99,8 @@ def print_summary(facts: Mapping[str, Any]) -> None:
         r = results[name]
         return (label, show(r["median"]), f"{show(r['low'])} … {show(r['high'])}", "")
 
-    rows = [row("wall-clock", "wall_hours", lambda h: format_seconds(h * HOUR)), row("utilization", "utilization", _percent)]
+    rows = [row(label, name, lambda h: format_seconds(h * HOUR)) for label, name in TIMES]
+    rows.append(row("utilization", "utilization", _percent))
     if "dollars" in results:
         rows.append(row("cost", "dollars", lambda v: f"${v:,.0f}"))
     rows += [row(f"{facts['device']} hours booked", "booked_device_hours", _hours)]
