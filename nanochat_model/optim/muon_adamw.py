@@ -17,9 +17,10 @@ from torch import Tensor
 
 from nanochat_model.config import OptimizerConfig
 from nanochat_model.gpt import GPT
+from nanochat_model.native import muon as native_muon
 from nanochat_model.optim.exchange import all_gather, make_exchanges
 from nanochat_model.optim.groups import Group, parameter_groups
-from nanochat_model.optim.muon import muon_step
+from nanochat_model.optim.muon import POLAR_EXPRESS, muon_step
 
 
 def build_optimizer(model: GPT, config: OptimizerConfig, *, group: dist.ProcessGroup | None = None) -> MuonAdamW:
@@ -172,18 +173,13 @@ class MuonAdamW:
 
     def _muon(self, buffer: Buffer, state: dict[str, Tensor], lr: float, momentum: float, decay: float) -> None:
         spec = buffer.spec
-        self._muon_step(
-            buffer.own(buffer.values),
-            buffer.own(buffer.grads),
-            state["momentum"],
-            state["second_moment"],
-            momentum=self._as_scalar(momentum),
-            lr=self._as_scalar(spec.lr * lr),
-            weight_decay=self._as_scalar(spec.weight_decay * decay),
-            beta2=spec.beta2,
-            polar_steps=spec.polar_steps,
-            dtype=self.polar_dtype,
-        )
+        stacks = buffer.own(buffer.values), buffer.own(buffer.grads), state["momentum"], state["second_moment"]
+        rates = {"lr": spec.lr * lr, "weight_decay": spec.weight_decay * decay, "momentum": momentum}
+        if native_muon.usable(stacks[0], self.polar_dtype):
+            native_muon.muon_step(*stacks, **rates, beta2=spec.beta2, coefficients=POLAR_EXPRESS[: spec.polar_steps])
+            return
+        scheduled = {name: self._as_scalar(value) for name, value in rates.items()}
+        self._muon_step(*stacks, **scheduled, beta2=spec.beta2, polar_steps=spec.polar_steps, dtype=self.polar_dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's states; for the same world size only. `consolidated_state` gives one for any."""

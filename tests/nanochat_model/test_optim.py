@@ -9,6 +9,8 @@ import torch
 
 from nanochat_model.config import GPTConfig, OptimizerConfig
 from nanochat_model.gpt import GPT
+from nanochat_model.native import kernels
+from nanochat_model.native import muon as native_muon
 from nanochat_model.optim import build_optimizer, muon
 from nanochat_model.optim.groups import parameter_groups
 
@@ -124,6 +126,28 @@ def test_three_muon_steps_follow_the_svd_version():
             assert error < 0.12 * moved, f"{n}: {error / moved:.3f}"  # Polar Express is not an exact SVD
             checked += 1
     assert checked == 3 * 6 + 2
+
+
+@pytest.mark.skipif(not hasattr(kernels(), "muon_step"), reason="no AVX512-BF16 here")
+@pytest.mark.parametrize("shape", [(64, 64), (48, 192), (192, 48), (4, 12), (17, 23), (23, 17)])
+def test_muon_in_c_is_as_near_to_float64_as_pytorchs(shape):
+    generator = torch.Generator().manual_seed(0)
+    m, n = shape
+    start = [torch.randn(2, m, n, generator=generator), torch.zeros(2, m, n), torch.zeros((2, m, 1) if m >= n else (2, 1, n))]
+    exact, plain, in_c = [t.double() for t in start], [t.clone() for t in start], [t.clone() for t in start]
+    for step in range(3):
+        gradient = torch.randn(2, m, n, generator=generator)
+        values = {"momentum": 0.9 + 0.01 * step, "lr": 0.02, "weight_decay": 0.3, "beta2": 0.9}
+        native_muon.muon_step(in_c[0], gradient, *in_c[1:], **values, coefficients=muon.POLAR_EXPRESS)
+        muon.muon_step(plain[0], gradient, *plain[1:], **values, polar_steps=5, dtype=torch.bfloat16)
+        muon.muon_step(exact[0], gradient.double(), *exact[1:], **values, polar_steps=5, dtype=torch.float64)
+
+    def error(found, part):
+        moved = exact[part] - start[part]
+        return (found[part].double() - start[part] - moved).norm() / moved.norm()
+
+    for part in range(3):  # values, momentum, second moments
+        assert error(in_c, part) < max(1.1 * error(plain, part), 1e-6)
 
 
 def test_adamw_groups_are_torchs_adamw():
