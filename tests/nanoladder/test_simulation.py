@@ -30,7 +30,7 @@ from nanoladder.space import Grid, LogUniform
 from nanoladder.sweep import Adaptive, Cell, Sweep
 
 ROOT = Path(__file__).parents[2]
-NOTHING = Overheads(driver=0, process=0, train_start=0, detect=0, command=0, stage=0)
+NOTHING = Overheads(driver=0, process=0, imports=0, train_start=0, detect=0, command=0, stage=0)
 KNOBS = {"batch_tokens": 64, "optimizer.matrix_lr": 0.02, "optimizer.weight_decay": 0.1}
 
 
@@ -80,10 +80,11 @@ def test_three_runs_on_two_devices() -> None:
     assert simulated.wall_seconds == 30, "30 s on one device, 20 and then 10 on the other"
     assert simulated.device_seconds["useful"] == 60 and simulated.device_seconds["idle"] == 0
 
-    overheads = replace(NOTHING, driver=0.2, process=5.0)
+    overheads = replace(NOTHING, driver=0.2, process=5.0, imports=3.0)
     simulated = simulate_once(setting_of(sweep_of(10, 30, 20), fleet, overheads=overheads), 0)
-    # first: 0.1 + 5 to its start, 30. second, after the first process: 5.1 + 0.1 + 5, 20, 0.1 for its end; then 0.1 + 10 + 0.1
-    assert simulated.wall_seconds == pytest.approx(10.2 + 20 + 0.1 + 0.1 + 10 + 0.1)
+    # first: 0.1 + 5 to its start, 3 + 30. second, after the first process: 5.1 + 0.1 + 5, 3 + 20, 0.1 for its end; then 0.1 + 10
+    # and 0.1, in a process that has all imports
+    assert simulated.wall_seconds == pytest.approx(10.2 + 23 + 0.1 + 0.1 + 10 + 0.1)
     check_books(simulated, fleet)
 
 
@@ -140,7 +141,9 @@ def test_every_device_second_is_booked_once(fields: dict[str, Any]) -> None:
 
     def job(trial: Trial) -> Job:
         seconds = float(trial.config.num_steps)
-        return Job(seconds=seconds, start=3, save_every=20, save_seconds=1, own_process=not {"backend", "devices_per_trial"} & set(fields))
+        return Job(
+            seconds=seconds, start=3, save_every=20, save_seconds=1, own_process=not {"backend", "devices_per_trial"} & set(fields)
+        )
 
     setting = setting_of(sweep, fleet, job, overheads=Overheads(detect=60.0), spread=0.1)
     for seed in range(8):

@@ -56,6 +56,7 @@ class _Attempt:
     done_before: float = 0.0
     completed: bool = False
     ended: float | None = None  # when; the driver knows it later
+    cold: bool = False  # its process is new
 
 
 class Engine:
@@ -173,6 +174,7 @@ class Engine:
         self._warm -= set(slots)
         if not attempt.job.own_process and warm:
             self._idle_drivers -= 1
+        attempt.cold = not warm
         self._at(self._driver() + (0.0 if warm else self.overheads.process), self._started, attempt)
 
     def _find_slots(self, job: Job) -> list[tuple[int, int]] | None:
@@ -199,7 +201,8 @@ class Engine:
         devices = max(1, round(self.workers.count * self.workers.devices_per_slot))
         attempt.slowdown = math.exp(self._spread * float(self._speeds.standard_normal(devices).max()))  # the slowest sets the pace
         attempt.done_before = self._saved.get(rid, 0.0)
-        attempt.first_step = self.now + job.start + (0.0 if job.own_process else self.overheads.train_start)
+        imports = self.overheads.imports if attempt.cold else 0.0
+        attempt.first_step = self.now + job.start + (imports if job.own_process else self.overheads.train_start)
         self._at(attempt.first_step + job.seconds_from(attempt.done_before, attempt.slowdown), self._trained, attempt)
         if attempt.number in self._kills:
             self._at(attempt.first_step + self._kills[attempt.number], self._killed, attempt)

@@ -43,8 +43,9 @@ class Overheads:
     """Seconds that are not training."""
 
     driver: float = 0.2  # of the driver a trial, one after another: 0.19 measured over 2,000 trials (bench/sweep_overhead.py)
-    process: float = 5.0  # to start a trial's process with torch in it: assumed. Tune starts one at a time (its limit of pending
-    # trials is 1 for a searcher of our own), and uses idle ones again
+    process: float = 4.0  # to start a trial's process: measured on two busy CPU cores (bench/simulate_check.py). Tune starts one
+    # at a time (its limit of pending trials is 1 for a searcher of our own), and uses idle ones again
+    imports: float = 4.0  # of torch and the rest in a new process, beside others: measured there
     train_start: float = 15.0  # of Ray Train's workers: measured on two CPU cores
     detect: float = 30.0  # until Ray gives up a node that no longer answers: assumed
     command: float = 20.0  # to start a command: imports, Ray, studies: assumed
@@ -53,7 +54,7 @@ class Overheads:
     start: float | None = None  # until a trial's first step; None: from recorded runs on the device, else assumed
 
     def __post_init__(self) -> None:
-        for name in ("driver", "process", "train_start", "detect", "command", "stage", "start"):
+        for name in ("driver", "process", "imports", "train_start", "detect", "command", "stage", "start"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"overhead {name} {value} must be 0 or more seconds")

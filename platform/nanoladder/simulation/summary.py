@@ -63,8 +63,8 @@ def assumptions(target: Sweep | Ladder, setting: Setting, spread_source: str) ->
         f"{MAX_COMMANDS} times"
     )
     lines.append(
-        f"{o.driver:g} s of the driver a trial; {o.process:g} s to start a process, one at a time; {o.train_start:g} s for Ray "
-        f"Train; checkpoints at {o.checkpoint_bytes_per_second / 1e9:g} GB/s"
+        f"{o.driver:g} s of the driver a trial; {o.process:g} s to start a process, one at a time, and {o.imports:g} s for its "
+        f"imports; {o.train_start:g} s for Ray Train; checkpoints at {o.checkpoint_bytes_per_second / 1e9:g} GB/s"
     )
     lines.append("the fleet is booked from the first start to the last end; memory is not checked (--dry-run does)")
     return lines + _of_target(target, setting)
