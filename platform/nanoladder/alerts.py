@@ -16,6 +16,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -40,6 +41,11 @@ class Alert:
     @property
     def line(self) -> str:
         return f"{self.kind.replace('_', ' ')} at step {self.step}: {self.text}"
+
+
+def read_alerts(path: Path) -> list[Alert]:
+    """Alerts of earlier starts of a run; none where there is no file."""
+    return [Alert(**a) for a in json.loads(path.read_text(encoding="utf8"))] if path.exists() else []
 
 
 @dataclass(frozen=True, kw_only=True)

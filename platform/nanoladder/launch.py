@@ -8,22 +8,25 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nanochat_model.config import RuntimeConfig
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import run_id, write_atomic
 from nanochat_model.record import RunRecord
-from nanoladder.alerts import Alert, Limits, Watch, Webhook
+from nanoladder.alerts import Alert, Limits, Watch, Webhook, read_alerts
 from nanoladder.cells import Trial
 from nanoladder.live_run import LiveRun
-from nanoladder.outcomes import PREDICTION_FILE, PRODUCTION, prediction_facts
+from nanoladder.outcomes import PREDICTION_FILE, PRODUCTION, prediction_facts, read_prediction, said_prediction
 from nanoladder.plan import LaunchPlan, LossPrediction
+from nanoladder.pool import load_record
 from nanoladder.tracking import MlflowMirror
 from nanoladder.trial_spec import PRETRAIN
 from nanoladder.workspace import Workspace
 
 VERDICT_FILE = "verdict.json"
+ALERTS_FILE = "alerts.json"  # of every start of the run
 Progress = Callable[[dict[str, Any]], None]
 STEPS_PER_REPORT = 10
 TICK_SECONDS = 1.0
@@ -57,9 +60,10 @@ def launch(
     """Run `plan` on Ray Train and return the verdict.
 
     The prediction is written into the run's folder before the run starts, and kept if it is there already: what was said
-    first counts. Workers and nodes that die are replaced, and the run goes on from its newest checkpoint; so does the same
-    launch started again. `progress` also gets the run's events, and alerts as {"event": "alert", …}. Raises ConfigError when
-    the plan is blocked by a bad law or has no data, and what the training raised.
+    first counts, of hours as of the loss. Alerts are kept there too, over all starts. Workers and nodes that die are replaced,
+    and the run goes on from its newest checkpoint; so does the same launch started again. `progress` also gets the run's
+    events, and alerts as {"event": "alert", …}. Raises ConfigError when the plan is blocked by a bad law or has no data, and
+    what the training raised.
     """
     options = options or LaunchOptions()
     if plan.blocking:
@@ -67,16 +71,26 @@ def launch(
     if not plan.config.data.manifest_hash:
         raise ConfigError(f"no token shards under {workspace.root}; build them with: nanoladder data --storage {workspace.root}")
     folder = workspace.run_dir(run_id(plan.config))
-    said = folder / PREDICTION_FILE
-    if not said.exists():
-        write_atomic(said, json.dumps(prediction_facts(plan.config, plan.prediction, plan.uses), indent=1))
+    said = _first_said(plan, folder)
     with Observer(plan, workspace, options, progress) as observer:
-        record = _run(plan, workspace, options, observer, train_function)
-        verdict = {**judge(record, plan.prediction), "alerts": [a.line for a in observer.alerts]}
-        verdict |= {"predicted_hours": plan.hours, "hours": record.train_seconds / 3600, "core": record.core}
+        record = load_record(folder)
+        if record is None or record.status != "complete":
+            record = _run(plan, workspace, options, observer, train_function)
+        verdict = {**judge(record, said_prediction(said)), "alerts": [a.line for a in observer.alerts]}
+        verdict |= {"predicted_hours": said["hours"], "hours": record.train_seconds / 3600, "core": record.core}
+        verdict |= {"predicted_dollars": said["dollars"]}
         write_atomic(folder / VERDICT_FILE, json.dumps(verdict, indent=1))
         observer.finish(record, verdict)
     return verdict
+
+
+def _first_said(plan: LaunchPlan, folder: Path) -> dict[str, Any]:
+    """What was predicted before the run's first start; written down if this is the first."""
+    path = folder / PREDICTION_FILE
+    if not path.exists():
+        facts = prediction_facts(plan.config, plan.prediction, plan.uses)
+        write_atomic(path, json.dumps({**facts, "hours": plan.hours, "dollars": plan.dollars}, indent=1))
+    return {"hours": plan.hours, "dollars": plan.dollars, **read_prediction(path)}
 
 
 def _run(plan: LaunchPlan, workspace: Workspace, options: LaunchOptions, observer: Observer, train_function: str) -> RunRecord:
@@ -112,7 +126,8 @@ class Observer:
 
     def __init__(self, plan: LaunchPlan, workspace: Workspace, options: LaunchOptions, progress: Progress | None = None) -> None:
         self.plan, self.options = plan, options
-        self.alerts: list[Alert] = []
+        self._alerts_path = workspace.run_dir(run_id(plan.config)) / ALERTS_FILE
+        self.alerts = read_alerts(self._alerts_path)
         self._progress = progress
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -163,6 +178,7 @@ class Observer:
 
     def tell(self, alert: Alert) -> None:
         self.alerts.append(alert)
+        write_atomic(self._alerts_path, json.dumps([asdict(a) for a in self.alerts], indent=1))
         if self.live is not None:
             self.live.alert(alert)
         if self._progress is not None:

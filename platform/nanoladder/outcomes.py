@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,22 @@ def read_prediction(path: Path) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"{path}: {missing[0]!r} is missing, so this is no prediction; remove it and predict again")
     return plain
+
+
+def said_prediction(facts: Mapping[str, Any]) -> LossPrediction | None:
+    """The loss that a prediction file names; null where it names none."""
+    if facts["predicted"] is None:
+        return None
+    return LossPrediction(
+        val_bpb=facts["predicted"],
+        low=facts["low"],
+        high=facts["high"],
+        surface_bpb=facts["surface"],
+        level=None,
+        extrapolation=None,
+        verdict=facts["verdict"],
+        reasons=tuple(facts["reasons"]),
+    )
 
 
 def read_production(workspace: Workspace) -> dict[str, Any] | None:

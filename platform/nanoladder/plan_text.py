@@ -96,7 +96,7 @@ def _time_rows(plan: LaunchPlan) -> list[tuple[str, str]]:
         ("devices", f"{plan.target.num_devices} × {plan.target.device} on {plan.target.num_nodes} node(s)"),
         ("speed", f"{speed.tokens_per_second:,.0f} tokens/s  ← {speed.source}"),
         ("MFU", mfu),
-        ("step", f"{plan.step_seconds:.2f} s"),
+        ("step", f"{plan.step_seconds:.2f} s" if plan.step_seconds >= 0.1 else f"{1000 * plan.step_seconds:.1f} ms"),
         (
             "gradients",
             f"{plan.gradient_bytes / 1e6:,.0f} MB in fp32; averaged between nodes in {plan.all_reduce_seconds:.2f} s a step",

@@ -125,8 +125,8 @@ class TrainingStages:
                 "parameters": plan.params.total,
                 "tokens": plan.config.num_tokens,
                 "flops": plan.train_flops,
-                "hours": plan.hours,
-                "dollars": plan.dollars,
+                "hours": verdict["predicted_hours"],
+                "dollars": verdict["predicted_dollars"],
             },
             "summary": verdict["text"],
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from nanoladder import live_run
 from nanoladder.launch import LaunchOptions, launch
 from nanoladder.laws_to_recipe import recipe_from_laws
 from nanoladder.live_run import LiveRun, span, step_line
-from nanoladder.plan import LaunchPlan, plan_config
+from nanoladder.plan import LaunchPlan, LossPrediction, plan_config
 from nanoladder.target import Target
 from nanoladder.workspace import Workspace
 
@@ -64,6 +65,16 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on_from_its_checkpoint(lau
     assert starts == [0, KILL_STEP], "from the checkpoint, not from the beginning"
     assert launched.verdict["measured"] == record.val_bpb
     assert json.loads((launched.workspace.run_dir(record.run_id) / "verdict.json").read_text())["text"] == launched.verdict["text"]
+
+
+@pytest.mark.slow
+def test_launched_again_it_says_what_was_said_and_alerted_before(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other laws, another speed, no Ray: the finished run is judged by what was predicted before it began."""
+    monkeypatch.setattr("nanoladder.ray_init.ensure_ray", lambda *args, **kw: pytest.fail("a finished run needs no Ray"))
+    later = replace(launched.plan, hours=99.0, prediction=LossPrediction(
+        val_bpb=1.0, low=0.9, high=1.1, surface_bpb=None, level=None, extrapolation=None, verdict="ok"))  # fmt: skip
+    again = launch(later, launched.workspace, LaunchOptions(quiet=True, mlflow=""))
+    assert again == launched.verdict and len(again["alerts"]) >= 1 and again["predicted_hours"] == launched.plan.hours
 
 
 @pytest.mark.slow
