@@ -25,6 +25,7 @@ COLOURS = {
 }
 BINS = 240
 ROW_PIXELS = 22
+TITLES = ("devices", "nodes (of a run first what counts, then what slow devices, checkpoints and failures added)")
 
 
 def write_figure(simulated: Simulated, fleet: Fleet, workers: Workers, title: str, path: Path) -> None:
@@ -32,9 +33,7 @@ def write_figure(simulated: Simulated, fleet: Fleet, workers: Workers, title: st
     its bars."""
     from plotly.subplots import make_subplots
 
-    figure = make_subplots(
-        rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.04, row_heights=[0.3, 0.7], subplot_titles=("devices", "nodes")
-    )
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.04, row_heights=[0.3, 0.7], subplot_titles=TITLES)
     edges = np.linspace(0.0, simulated.wall_seconds, BINS + 1)
     shares = devices_by_kind(simulated.bars, edges, fleet, workers)
     for kind, label in KIND_LABELS.items():
