@@ -10,23 +10,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_text import small_shards
+from task_files import write_jsonl
 from tiny_run import RUNTIME, tiny_config, tiny_shards
 from toy_training import HORIZON, MODEL, TRAIN, notes, toy_loss
 
+from nanochat_model import corpus as corpus_module
 from nanochat_model.config import DataConfig, EvalConfig
 from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
 from nanochat_model.recipe import Recipe
 from nanochat_model.record import RunRecord
+from nanochat_model.sft_recipe import TRAIN_FUNCTION
+from nanochat_model.shards import build_shards
+from nanochat_model.train import pretrain
 from nanoladder.execute import execute_sweep, execute_sweeps
 from nanoladder.ladder import Ladder, Stage, execute_ladder
 from nanoladder.listen import Listener, SweepProgress
 from nanoladder.promote import read_promotions
+from nanoladder.ray_executor import RayExecutor
 from nanoladder.ray_init import check_temp_dir, ensure_ray, secure_token_file, shutdown_ray
+from nanoladder.sft_sweep import SFTSweep
 from nanoladder.space import Grid
 from nanoladder.sweep import Cell, Sweep
+from nanoladder.sweep_command import load_sweep
 from nanoladder.sweep_index import read_index
 from nanoladder.tracking import connect
+from nanoladder.train_backend import run_training_on_ray_train
 from nanoladder.workspace import Workspace
 
 DATA = DataConfig(manifest_hash="toy")
@@ -208,3 +218,47 @@ def test_the_token_is_private_and_a_long_folder_is_refused(tmp_path: Path, monke
     assert stat.S_IMODE(token.stat().st_mode) == 0o600 and token.read_text() == kept
     with pytest.raises(ConfigError, match="shorter one"):
         check_temp_dir(tmp_path / ("x" * 60))
+
+
+def test_fine_tunings_are_swept_recorded_and_the_same_on_two_workers(tmp_path: Path) -> None:
+    folder = Workspace(tmp_path).run_dir("base")
+    pretrain(tiny_config(model__sequence_len=64, batch_tokens=256, num_steps=4), RUNTIME, run_dir=folder)
+    talks = [[{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": str(i)}] for i in range(40)]
+    chats = write_jsonl(tmp_path / "chats.jsonl", talks)
+    question = load_sweep(Path(__file__).parents[2] / "sweeps" / "sft_lr.py")
+    assert isinstance(question, SFTSweep)
+    given = ["--storage", str(tmp_path), "--base-checkpoint", str(folder), "--conversations", str(chats), "--epochs", "2"]
+    sweep, rest = question.resolve(given)
+    assert rest == given[:2]
+    sweep = replace(sweep, space={"lr_multiplier": Grid([0.5, 2.0])}, runtime=RUNTIME)
+    slow, fast = execute_sweep(sweep, Workspace(tmp_path), mlflow_uri="")
+    assert all(r.status == "complete" and r.kind == "sft" and r.backend == "actor" for r in (slow, fast))
+    assert fast.config.optimizer.matrix_lr == pytest.approx(4 * slow.config.optimizer.matrix_lr) and fast.val_bpb != slow.val_bpb
+    assert slow.parents["base"] == fast.parents["base"] and slow.config.trunk == f"sft:{slow.parents['base']}"
+    index = read_index(Workspace(tmp_path).sweep_dir(sweep.name))
+    assert {t["run_id"] for t in index["trials"]} == {slow.run_id, fast.run_id}
+    assert execute_sweep(sweep, Workspace(tmp_path), mlflow_uri="") == [slow, fast], "nothing is done twice"
+    where = {"run_dir": tmp_path / "two", "workspace": Workspace(tmp_path), "start_from": str(folder)}
+    two = run_training_on_ray_train(fast.config, RUNTIME, num_workers=2, train_function=TRAIN_FUNCTION, **where)
+    assert (two.backend, two.num_devices, two.run_id) == ("train", 2, fast.run_id)
+    assert two.val_bpb == pytest.approx(fast.val_bpb, rel=2e-4)
+
+
+def test_a_clusters_cpus_tokenize_and_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "ROW_GROUP_BYTES", 4000)
+    alone = small_shards(tmp_path, shard_bytes=15_000)
+
+    def interrupt(done: int, total: int) -> None:
+        if len(list(tmp_path.glob(".cluster*/done/*"))) == 2:
+            raise KeyboardInterrupt
+
+    options = {"shard_bytes": 15_000, "num_workers": 2, "executor": RayExecutor()}
+    where = (tmp_path / "corpus", alone.tokenizer, tmp_path / "cluster")
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(*where, progress=interrupt, **options)
+    finished = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob(".cluster*/train_0000[01].bin")}
+    seen: list[tuple[int, int]] = []
+    cluster = build_shards(*where, progress=lambda done, total: seen.append((done, total)), **options)
+    assert cluster.manifest == alone.manifest and RayExecutor().num_cpus == 2
+    assert len(finished) == 2 and {n: (cluster.path / n).stat().st_mtime_ns for n in finished} == finished
+    assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
