@@ -13,6 +13,7 @@ from typing import Any
 
 from nanochat_model.errors import ConfigError
 from nanochat_model.record import RunRecord
+from nanochat_model.sft_recipe import SFTRecipe
 from nanoladder.job_context import STORAGE_ENV, check_lasting, default_storage
 from nanoladder.ladder import Ladder, execute_ladder
 from nanoladder.settings import apply_settings
@@ -172,7 +173,7 @@ def _dry_run(target: Sweep | Ladder, workspace: Workspace, args: argparse.Namesp
     from nanoladder.execute import recent_records, shards_of
 
     sweeps = [target] if isinstance(target, Sweep) else [target.stage_sweep(s, target.variants) for s in target.stages]
-    built = (workspace.shards_dir / "manifest.json").is_file()
+    built = (workspace.shards_dir / "manifest.json").is_file() or isinstance(sweeps[0].recipe, SFTRecipe)
     recorded = frozenset(p.parent.name for p in workspace.record_paths())
     plans = []
     for sweep in sweeps:
