@@ -250,7 +250,10 @@ def _choose_free(centred: Mapping[str, np.ndarray], points: Points, symbols: Seq
         return (
             [],
             "too_few",
-            [f"{distinct} distinct cell{'s' * (distinct != 1)} cannot tell {len(symbols)} exponent{'s' * (len(symbols) != 1)}"],
+            [
+                f"{plural(distinct, 'distinct cell')} {'has' if distinct == 1 else 'have'} an optimum inside the grid, and "
+                f"{plural(len(symbols), 'exponent')} {'needs' if len(symbols) == 1 else 'need'} {max(3, len(symbols) + 2)}"
+            ],
         )
     return varying, status, doubts
 

@@ -9,12 +9,20 @@ intervals are stretched is
 a scale estimate that leans on 1 with the weight of nu0 = 2 folds. df exceeds the number of folds because a fold's mean square is
 taken over several runs. The constants lie between those that cover noisy known surfaces too often and those that cover held-out
 budgets of public ladders too rarely; bench/coverage.py measures both.
+
+Off the optimum the surface's slope at equal compute may be wrong, more than its own bootstrap says: in the points of Hoffmann's
+figure models above N* lose 1-2% per e-fold of N more than the surface fitted below them has it, in every budget. So each fold also
+measures the slope of its errors over log N/N*, and
+
+    tilt_sd^2 = sum of the folds' squared slopes / (nu0 + folds)
+
+enters the standard deviation of every later prediction as tilt_sd * |log N/N*|: nothing at the optimum, nothing where shapes hold.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +40,7 @@ DF_PER_FOLD = 1.5
 NEAR_OPTIMUM = 0.02  # runs whose penalty is below 2% judge the prediction at the optimum
 MAX_Z = 4.0  # one diverged run does not speak for the law
 FOLD_RUNS = 4000  # a fold sees at most so many runs
+TILT_SPAN = math.log(4.0)  # runs within 4x of N* tell the slope; farther out the surface's curvature errs besides
 
 
 def stretch_factor(scale: float, df: float, level: float) -> float:
@@ -56,10 +65,18 @@ class HeldOut:
     kind: str  # run or minimum
     near: bool  # within 2% of the optimum
     row: int  # position of the run in the columns given, -1 for a minimum
+    offset: float = 0.0  # log N/N*
+    own_sd: float = math.nan  # relative, of the run's noise and of the surface's shape as its bootstrap knows it
+    tilt: float = 0.0  # the part of sd that lower budgets' slopes put there
 
     @property
     def z(self) -> float:
         return math.log(self.measured / self.predicted) / self.sd
+
+    @property
+    def z_level(self) -> float:
+        """The same without the tilt: intervals at the optimum must hold a model's whole misfit, not only what no slope explains."""
+        return math.log(self.measured / self.predicted) / math.sqrt(self.sd**2 - self.tilt**2)
 
     def as_dict(self) -> dict[str, Any]:
         keys = ("C", "N", "D", "measured", "predicted", "surface", "low", "high", "kind", "near", "row")
@@ -72,6 +89,11 @@ class Calibration:
 
     mean_squares: tuple[float, ...]  # one a fold
     held_out: tuple[HeldOut, ...]
+    tilt_squares: tuple[float, ...] = ()  # one a fold whose minimum is known
+
+    @property
+    def tilt_sd(self) -> float:
+        return math.sqrt(sum(self.tilt_squares) / (PRIOR_FOLDS + len(self.tilt_squares)))
 
     @property
     def scale(self) -> float:
@@ -95,7 +117,7 @@ class Calibration:
         return jsonable(
             {
                 "folds": len(self.mean_squares), "mean_squares": self.mean_squares, "scale": self.scale, "df": self.df,
-                "stretch_90": self.stretch(), "covered_runs": runs, "covered_minima": minima,
+                "stretch_90": self.stretch(), "covered_runs": runs, "covered_minima": minima, "tilt_sd": self.tilt_sd,
             }
         )  # fmt: skip
 
@@ -104,6 +126,7 @@ def calibrate(runs: Runs, *, noise_sd: float | None = None, seed: int = 0) -> Ca
     """Rolling origin over the budgets, lowest first. Runs on no isoFLOP line take part where their compute is below the budget."""
     levels, compute = runs.budgets, runs.C
     squares: list[float] = []
+    tilts: list[float] = []
     held: list[HeldOut] = []
     first = max(FIRST_FOLD, levels.size - MAX_FOLDS)
     for k in range(first, levels.size):
@@ -112,16 +135,29 @@ def calibrate(runs: Runs, *, noise_sd: float | None = None, seed: int = 0) -> Ca
         model = fit_loss_model(runs.take(_thin(below)), noise_sd=noise_sd, seed=seed).model
         if not (model.has_frontier and model.has_surface):
             continue
-        so_far = Calibration(mean_squares=tuple(squares), held_out=())
+        so_far = Calibration(mean_squares=tuple(squares), held_out=(), tilt_squares=tuple(tilts))
+        model = replace(model, tilt_sd=so_far.tilt_sd)
         stretch = so_far.stretch() if k >= MIN_BUDGETS and squares else None
         rows = np.flatnonzero(runs.budget == level)
         fold = [_predict_run(model, runs, int(i), stretch) for i in _thin(rows)]
-        fold += _predict_minimum(model, runs.take(rows), stretch, noise_sd)
-        judges = [h.z for h in fold if h.near and math.isfinite(h.z)]
+        lowest = _predict_minimum(model, runs.take(rows), stretch, noise_sd)
+        tilts += [tilt_square(fold, math.log(low.measured / low.predicted)) for low in lowest]
+        fold += lowest
+        judges = [h.z_level for h in fold if h.near and math.isfinite(h.z)]
         if judges:
             squares.append(float(np.mean(np.clip(judges, -MAX_Z, MAX_Z) ** 2)))
         held += fold
-    return Calibration(mean_squares=tuple(squares), held_out=tuple(held))
+    return Calibration(mean_squares=tuple(squares), held_out=tuple(held), tilt_squares=tuple(tilts))
+
+
+def tilt_square(fold: list[HeldOut], level: float) -> float:
+    """Squared slope of a fold's errors, less the `level` error of its minimum, over log N/N*, beyond what noise explains."""
+    close = [h for h in fold if 0 < abs(h.offset) <= TILT_SPAN and math.isfinite(h.own_sd)]
+    x2 = np.array([h.offset**2 for h in close])
+    own = np.array([h.own_sd for h in close])
+    error = np.clip([math.log(h.measured / h.predicted) - level for h in close], -MAX_Z * own, MAX_Z * own)
+    weight = float((x2**2).sum())
+    return max(0.0, float((x2 * (error**2 - own**2)).sum()) / weight) if weight > 0 else 0.0
 
 
 def _thin(rows: np.ndarray) -> np.ndarray:
@@ -134,11 +170,13 @@ def _predict_run(model: LossModel, runs: Runs, i: int, stretch: float | None) ->
     N, D, C = float(runs.N[i]), float(runs.D[i]), float(runs.C[i])
     value, expected = model.log_loss(C, N, D)
     sd = math.hypot(expected, model.noise_sd)
-    penalty, _ = model.penalty(N, D)
+    penalty, shape = model.penalty(N, D)
+    offset = model.offset(N, D)
     low, high = _band(value, sd, stretch)
     return HeldOut(
         C=C, N=N, D=D, measured=float(runs.L[i]), predicted=math.exp(value), surface=model.surface_loss(N, D), sd=sd,
         expected_sd=expected, low=low, high=high, kind="run", near=abs(penalty) < NEAR_OPTIMUM, row=i,
+        offset=offset, own_sd=math.hypot(model.noise_sd, shape), tilt=model.tilt_sd * abs(offset),
     )  # fmt: skip
 
 

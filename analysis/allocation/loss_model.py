@@ -81,6 +81,7 @@ class LossModel:
     num_budgets: int  # with a minimum
     C_range: tuple[float, float]  # of all runs fitted
     ratio_range: tuple[float, float]  # D/N of all runs fitted
+    tilt_sd: float = 0.0  # how wrong d log L / d log N is at equal compute, as held-out budgets showed
 
     @property
     def has_frontier(self) -> bool:
@@ -106,8 +107,12 @@ class LossModel:
         n, d, l = surface_optimum(self.surface[None], C, self.rule)
         return float(n[0, 0]), float(d[0, 0]), float(l[0, 0])
 
+    def offset(self, N: float, D: float) -> float:
+        """log N/N*(C): how far a run lies from the optimum of its own compute."""
+        return math.log(N / self.surface_best(float(self.rule.flops(N, D)))[0])
+
     def penalty(self, N: float, D: float) -> tuple[float, float]:
-        """log S(N, D) - log S*(C(N, D)) and its standard deviation."""
+        """log S(N, D) - log S*(C(N, D)) and its standard deviation, without the tilt."""
         if not self.has_surface:
             return math.nan, math.nan
         C = float(self.rule.flops(N, D))
@@ -121,7 +126,7 @@ class LossModel:
         if N is None or D is None:
             return level, spread
         penalty, penalty_sd = self.penalty(N, D)
-        return level + penalty, math.hypot(spread, penalty_sd)
+        return level + penalty, math.hypot(spread, penalty_sd, self.tilt_sd * self.offset(N, D))
 
 
 def _frontier_loss(theta: np.ndarray, C: np.ndarray, C0: float) -> np.ndarray:

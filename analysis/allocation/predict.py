@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -185,7 +185,7 @@ class Predictor:
             model = LossModel(
                 **arrays, surface_status=data["surface_status"], C0=_number(data["C0"]), frontier_status=data["frontier_status"],
                 rule=rule, noise_sd=_number(data["noise_sd"]), num_budgets=int(data["num_budgets"]),
-                C_range=tuple(data["C_range"]), ratio_range=tuple(data["ratio_range"]),
+                C_range=tuple(data["C_range"]), ratio_range=tuple(data["ratio_range"]), tilt_sd=float(data.get("tilt_sd", 0.0)),
             )  # fmt: skip
             return cls(
                 model=model, scale=float(data["scale"]), df=float(data["df"]), folds=int(data["folds"]),
@@ -252,7 +252,7 @@ def _target(rule: FlopsRule, N: float | None, D: float | None, C: float | None) 
 
 def make_predictor(model: LossModel, calibration: Calibration, embedding_share: float | None = None) -> Predictor:
     return Predictor(
-        model=model,
+        model=replace(model, tilt_sd=calibration.tilt_sd),
         scale=calibration.scale,
         df=calibration.df,
         folds=len(calibration.mean_squares),
