@@ -21,7 +21,7 @@ from nanochat_model.init import initial_tensor
 from nanochat_model.loss import cross_entropy, softcapped_logits
 from nanochat_model.native import ops as native
 from nanochat_model.native.attention import Meaning, core_attention, fused
-from nanochat_model.native.layers import AttentionLayer, Feedforward, Look
+from nanochat_model.native.layers import AttentionLayer, Embed, Feedforward, Look
 from nanochat_model.ops import mix_norm, relu_square, rms_norm, rotate
 
 if TYPE_CHECKING:
@@ -254,7 +254,10 @@ class GPT(nn.Module):
 
     def _embed(self, idx: Tensor, cache: KVCache | None, lengths: Tensor | None) -> Tensor:
         """Normalized embeddings (B, T, C), each mixed with that of the token before it (smear)."""
-        x = rms_norm(self.transformer["wte"](idx)).to(self.compute_dtype)
+        table = self.transformer["wte"]
+        if cache is None and torch.is_grad_enabled() and native.usable(table.weight) and self.compute_dtype in native.SUFFIX:
+            return Embed.apply(table.weight, idx, self.smear_gate.weight, self.smear_lambda, self.compute_dtype)
+        x = rms_norm(table(idx)).to(self.compute_dtype)
         if cache is None:
             gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
             return torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], dim=1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanochat_model.native.attention import Meaning, attend, attend_backward
-from nanochat_model.native.ops import call
+from nanochat_model.native.ops import EPS, SUFFIX, call
 from nanochat_model.native.products import add_gradient, hidden_and_square, hidden_backward, linear, linear_backward
 
 
@@ -26,10 +26,42 @@ class Look(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        table, idx, g = ctx.table, ctx.idx, g.contiguous()
-        total = torch.zeros_like(table) if table.grad is None else table.grad
-        call("scatter_rows_f32", total, idx, g, idx.numel(), table.shape[1])
-        return total if table.grad is None else None, None
+        return add_rows(ctx.table, ctx.idx, g.contiguous()), None
+
+
+def add_rows(table: Tensor, idx: Tensor, g: Tensor) -> Tensor | None:
+    """Add the rows of g (N, width) to table.grad at idx (N,), where there is one; otherwise return it, for autograd."""
+    total = torch.zeros_like(table) if table.grad is None else table.grad
+    call("scatter_rows_f32", total, idx, g, idx.numel(), table.shape[1])
+    return total if table.grad is None else None
+
+
+class Embed(torch.autograd.Function):
+    """Normalized rows of a float32 table (V, C) at idx (B, T), each mixed with that of the token before it: x_t + s_t x_{t-1} with
+    s_t = smear_lambda · sigmoid(gate · x_t[:G]); in `dtype`. gate (1, G), smear_lambda (1,), float32."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, idx: Tensor, gate: Tensor, smear_lambda: Tensor, dtype: torch.dtype) -> Tensor:
+        B, T = idx.shape
+        idx, weight, factor = idx.contiguous(), gate.to(dtype), smear_lambda.to(dtype).item()
+        x, y = (torch.empty((B, T, table.shape[1]), dtype=dtype) for _ in range(2))
+        inverse, sigmoid = torch.empty((2, B * T), dtype=torch.float32)
+        sizes = (B, T, table.shape[1], gate.shape[1])
+        call("embed" + SUFFIX[dtype], table, idx, weight, factor, x, y, inverse, sigmoid, *sizes, EPS)
+        ctx.kept = (table, idx, weight, factor, x, inverse, sigmoid)
+        ctx.sizes = sizes
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        table, idx, weight, factor, x, inverse, sigmoid = ctx.kept
+        del ctx.kept
+        B, T, C, G = ctx.sizes
+        rows, sums = torch.empty((B * T, C)), torch.empty((B, G + 1))
+        kept = (table, idx, weight, factor, x, inverse, sigmoid)
+        call("embed_backward" + SUFFIX[x.dtype], g.contiguous(), *kept, rows, sums, B, T, C, G)
+        total = sums.sum(0)
+        return add_rows(table, idx, rows), None, total[:G].view(1, G), total[G:], None
 
 
 class Feedforward(torch.autograd.Function):

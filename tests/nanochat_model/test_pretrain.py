@@ -20,6 +20,7 @@ from nanochat_model.evaluate import evaluate_bpb
 from nanochat_model.gpt import GPT
 from nanochat_model.loader import Loader
 from nanochat_model.loop import Batch
+from nanochat_model.optim import MuonAdamW
 from nanochat_model.record import CurvePoint, RunRecord
 from nanochat_model.session import Prefetcher
 from nanochat_model.train import pretrain
@@ -301,3 +302,28 @@ def test_reading_ahead_gives_the_same_batches() -> None:
         assert ahead(k).inputs[0, 0] == k
     ahead.close()
     assert len(threads) == 1 and threading.current_thread().name not in threads
+
+
+def test_a_compiled_run_compiles_nothing_after_its_first_step(tmp_path, monkeypatch):
+    """Learning rate, momentum and weight decay move at every step, and the last micro-batch is as large as the others."""
+    compiled, multipliers = [], set()
+
+    class Count(Trace):
+        def on_step(self, info: StepInfo) -> None:
+            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: original(f, **kwargs, backend="eager"))  # graphs without a compiler
+    step = MuonAdamW.step
+
+    def note(self, *args, **kwargs):
+        multipliers.add((*args, *kwargs.values()))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(MuonAdamW, "step", note)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = tiny_config(num_steps=6, schedule__warmup_steps=3, schedule__momentum_warmup_steps=6)
+    pretrain(config, dataclasses.replace(RUNTIME, compile="on"), run_dir=tmp_path, callbacks=[Count()])
+    assert len(multipliers) == 6, "the schedules were to move at every step"
+    assert len(compiled) == 6 and compiled[0] > 0 and set(compiled) == {compiled[0]}
