@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 CHOICES_FILE = "choices.json"
 ROUND_SHARE = 0.5  # of what was spent so far, in one round: late choices know more
+REST_SHARE = 0.02  # of all FLOPs: what is left then is too little for another round
 MIN_RUNS = 6  # for a surface of five parameters
 STEP = math.sqrt(10.0)  # to the next budget where no surface can be fitted yet
 STEP_SIZES = 5
@@ -58,10 +60,10 @@ def execute_adaptive(
         done = [r for r in records if r.status == "complete"]
         spent = sum(r.train_flops for r in done)
         left = plan.total_flops - spent
-        choice = choose(grown, done, min(ROUND_SHARE * spent, left)) if left > 0 else None
+        choice = choose(grown, done, min(ROUND_SHARE * spent, left)) if left > REST_SHARE * plan.total_flops else None
         if choice is None:
             if left > 0:
-                say(f"{left:.3g} of {plan.total_flops:.3g} FLOPs are left; no new cell that they pay for narrows the interval")
+                say(f"{left:.3g} of {plan.total_flops:.3g} FLOPs are left, too few for a round that tells more")
             return records
         rounds.append({"round": len(rounds) + 1, "spent_flops": spent, **choice})
         write_atomic(path, json.dumps({"schema_version": SCHEMA_VERSION, "sweep": sweep.name, "rounds": rounds}, indent=1))
@@ -78,7 +80,12 @@ def read_choices(path: Path) -> list[dict[str, Any]]:
 def with_choices(sweep: Sweep, rounds: Sequence[dict[str, Any]]) -> Sweep:
     """The sweep with the cells of all rounds added."""
     cells = [
-        Cell(model=from_dict(GPTConfig, c["model"], "choice: "), horizon=Horizon(train_flops=c["train_flops"]), name=c["cell"])
+        Cell(
+            model=from_dict(GPTConfig, c["model"], "choice: "),
+            horizon=Horizon(train_flops=c["train_flops"]),
+            name=c["cell"],
+            overrides={"seed": c["seed"]} if c.get("seed") is not None else {},
+        )
         for each in rounds
         for c in each["cells"]
     ]
@@ -111,9 +118,7 @@ def choose(sweep: Sweep, records: Sequence[RunRecord], flops: float) -> dict[str
         return None  # no size fits into what is left
     cells = _new_cells(sweep, [(sizes[r.N], r.C) for r in design.runs])
     facts = {"surface": dict(surface), "quantity": plan.quantity, "sd_before": design.sd_before, "sd_after": design.sd_after}
-    repeated = len(design.runs) - len(cells)
-    message = design.message + (f" ({repeated} left out: run already)" if repeated else "")
-    return {**facts, "message": message, "cells": cells} if cells else None
+    return {**facts, "message": design.message, "cells": cells} if cells else None
 
 
 def run_table(records: Sequence[RunRecord]) -> pd.DataFrame:
@@ -162,11 +167,17 @@ def _step_up(sweep: Sweep, frame: pd.DataFrame, sizes: dict[float, GPTConfig], f
 
 
 def _new_cells(sweep: Sweep, wanted: Sequence[tuple[GPTConfig, float]]) -> list[dict[str, Any]]:
-    known = {c.label for c in sweep.cells}
+    """Cells to add. One that the sweep has already is run by a further seed: the design counts on an independent run."""
+    times = Counter(replace(c, name="").label for c in sweep.cells)
     cells = []
     for model, budget in wanted:
+        if budget <= flops_per_token(model) * model.sequence_len:
+            continue  # not one row of tokens
         label = Cell(model=model, horizon=Horizon(train_flops=budget)).label
-        if label not in known and budget > flops_per_token(model) * model.sequence_len:  # else not one row of tokens
-            known.add(label)
-            cells.append({"cell": label, "model": asdict(model), "train_flops": budget})
+        cell: dict[str, Any] = {"cell": label, "model": asdict(model), "train_flops": budget}
+        if times[label]:
+            seed = max(sweep.seeds) + times[label]
+            cell |= {"cell": f"{label}-s{seed}", "seed": seed}
+        times[label] += 1
+        cells.append(cell)
     return cells
