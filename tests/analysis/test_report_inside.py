@@ -79,6 +79,15 @@ def test_figures_draw_them_with_the_healthy_ratio(measured: tuple[Any, RunTable,
     assert "layer 1 is far off" in to_markdown(facts)
 
 
+def test_a_deep_model_names_its_first_and_last_layer_only(measured: tuple[Any, RunTable, str]) -> None:
+    laws, table, run = measured
+    deep = {"step": STEPS, **{f"attention_logit_max/{i}": [1.0, 2.0, 3.0] for i in range(24)}}
+    facts = report_facts(laws, replace(table, inside={run: {**MEASURED, "diagnostics": deep}}))
+    figures = build_figures(facts, drawn_runs(table)[0])
+    assert [t.name for t in figures["inside_logits"].data if t.showlegend] == ["layer 0", "layer 23"]
+    assert "inside_units" not in figures, "nothing measured, no figure"
+
+
 def test_without_measurements_it_says_how_to_make_them() -> None:
     laws, table = fitted()
     block = report_facts(laws, replace(table, inside={}))["inside"]

@@ -13,6 +13,7 @@ from analysis.report.figures import theme
 from analysis.report.figures.marks import line
 
 HEIGHT = 300
+MOST_NAMED = 4  # layers in a legend; of more, the first and the last: the ramp and a hover tell the others
 Lines = Mapping[str, Sequence[float | None]]
 
 
@@ -53,8 +54,9 @@ def _line(steps: Sequence[int], name: str, series: Sequence[float | None], lines
     dash = "dash" if name.endswith("always") or name.startswith("x0") or name == "lm_head" else "solid"
     drawn = [v if v is None or v > 0 or not log else None for v in series]
     style = {"color": colour, "width": 1.8, "dash": dash}
+    named = layer is None or len(layers) <= MOST_NAMED or layer in (layers[0], layers[-1])
     return go.Scatter(
-        x=list(steps), y=drawn, mode="lines+markers", name=name.replace("_lambda/", " "), line=style,
+        x=list(steps), y=drawn, mode="lines+markers", name=name.replace("_lambda/", " "), line=style, showlegend=named,
         marker={"color": colour, "size": 4}, hovertemplate="%{y:.3g} at step %{x}<extra>%{fullData.name}</extra>",
     )  # fmt: skip
 
