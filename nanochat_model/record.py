@@ -33,7 +33,7 @@ class CurvePoint:
 
 # Measurements as equally long lists: "step" (steps done), and one list a metric, None where it was not finite or not measured.
 Columns = dict[str, list[Any]]
-MOST_MEASUREMENTS = 64  # beyond, every second is dropped: a plot of a weeks' run needs no more, and records stay small
+MOST_MEASUREMENTS = 64  # beyond, every second is dropped: a plot needs no more, and records stay small
 
 
 def add_measurement(columns: Columns, step: int, metrics: Mapping[str, float]) -> None:

@@ -37,6 +37,7 @@ from nanochat_model.runner import Runner
 from nanochat_model.session import Prefetcher, Session, build_stepper
 from nanochat_model.sft_data import Report, SFTData, SourceCounts, prepare
 from nanochat_model.sft_recipe import WEIGHTS_ALONE, WITH_OPTIMIZER, SFTConfig, SFTRecipe
+from nanochat_model.step_times import StartupTimer
 from nanochat_model.tokenizer import Tokenizer
 from nanochat_model.train import CONFIG_FILE, DEFAULT_RUNTIME, Labels, make_record, may_go_on, restore_progress, run_to_end
 
@@ -202,13 +203,14 @@ def _attempt(
     task: _Task, runtime: RuntimeConfig, ranks: Ranks, start: Start | None, callbacks: Sequence[Callback]
 ) -> tuple[RunRecord, Exception | None]:
     """Train from `start` to the end; the record, which is saved, and what ended the run before its time."""
-    limit, building = read_limit(task.run_dir), time.time()
+    limit, startup = read_limit(task.run_dir), StartupTimer()
     session, loader = _build_session(task, limited(runtime, limit), ranks)
     if start is None:
         load_weights(session.model, task.base)
         if task.config.trunk.startswith(WITH_OPTIMIZER):
             _warm_start(session.optimizer, task.base)
-    progress = restore_progress(session, start, building)
+    progress = restore_progress(session, start)
+    progress.startup_seconds = startup.built()
     before = start.state.extra["val_loss_before"] if start else evaluate_loss(session.model, session.validation)
     calls = Callbacks(callbacks)
     extra = {"val_loss_before": before}

@@ -75,9 +75,17 @@ def timed_step(
 _runs = itertools.count()
 
 
-def process_seconds() -> float:
-    """CPU seconds that this process spent before its first run (interpreter, imports, whatever else it did); 0 for later runs."""
-    return time.process_time() if next(_runs) == 0 else 0.0
+class StartupTimer:
+    """Made before a run is built."""
+
+    def __init__(self) -> None:
+        self._process = time.process_time() if next(_runs) == 0 else 0.0
+        self._since = time.perf_counter()
+
+    def built(self) -> dict[str, float]:
+        """When it is built: `process`, CPU seconds that this process spent before its first run (interpreter, imports, whatever
+        else it did; 0 for later runs), and `build`, seconds since."""
+        return {"process": self._process, "build": time.perf_counter() - self._since}
 
 
 class StepTimes:

@@ -39,7 +39,7 @@ from nanochat_model.record import RECORD_FILE, RunRecord, Status
 from nanochat_model.resume import HorizonChange, Start, check_same_run, own_start, parent_hashes, trunk_start
 from nanochat_model.runner import Runner, TrainingFailed
 from nanochat_model.session import Session, build_session
-from nanochat_model.step_times import StepTimes, process_seconds
+from nanochat_model.step_times import StartupTimer, StepTimes
 from nanochat_model.version import git_commit
 
 CONFIG_FILE = "config.json"
@@ -115,9 +115,10 @@ def _attempt(
     started: float,
 ) -> tuple[RunRecord, Exception | None]:
     """Train from `start` to the end; the record, which is saved, and what ended the run before its time."""
-    limit, building = read_limit(run_dir), time.time()
+    limit, startup = read_limit(run_dir), StartupTimer()
     session = build_session(config, limited(runtime, limit), ranks)
-    progress = restore_progress(session, start, building)
+    progress = restore_progress(session, start)
+    progress.startup_seconds = startup.built()
     parents = parent_hashes(session.parents, start)
     calls = Callbacks(callbacks)
     extra: dict[str, Any] = {}
@@ -212,10 +213,8 @@ def _rename_aside(path: Path) -> None:
         path.rename(aside)
 
 
-def restore_progress(session: Session, start: Start | None, started: float) -> Progress:
-    """Fresh weights, or those of `start`, with optimizer, RNG, loss scale, clock and curve. `started`: time.time() before the
-    session was built."""
-    before = process_seconds()
+def restore_progress(session: Session, start: Start | None) -> Progress:
+    """Fresh weights, or those of `start`, with optimizer, RNG, loss scale, clock and curve."""
     seconds = start.state.seconds if start else 0.0
     progress = Progress(
         config=session.config,
@@ -230,7 +229,6 @@ def restore_progress(session: Session, start: Start | None, started: float) -> P
         session.stepper.loss_scale.restore(start.state.loop)
         restore_rng(start.state.rng)
         progress.restore(start.state.step, start.state.curve, start.state.loop)
-    progress.startup_seconds = {"process": before, "build": time.time() - started}
     return progress
 
 
