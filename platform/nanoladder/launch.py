@@ -78,7 +78,6 @@ def launch(
             record = _run(plan, workspace, options, observer, train_function)
         verdict = {**judge(record, said_prediction(said)), "alerts": [a.line for a in observer.alerts]}
         verdict |= {"predicted_hours": said["hours"], "hours": record.train_seconds / 3600, "core": record.core}
-        verdict |= {"predicted_dollars": said["dollars"]}
         write_atomic(folder / VERDICT_FILE, json.dumps(verdict, indent=1))
         observer.finish(record, verdict)
     return verdict
@@ -89,8 +88,8 @@ def _first_said(plan: LaunchPlan, folder: Path) -> dict[str, Any]:
     path = folder / PREDICTION_FILE
     if not path.exists():
         facts = prediction_facts(plan.config, plan.prediction, plan.uses)
-        write_atomic(path, json.dumps({**facts, "hours": plan.hours, "dollars": plan.dollars}, indent=1))
-    return {"hours": plan.hours, "dollars": plan.dollars, **read_prediction(path)}
+        write_atomic(path, json.dumps({**facts, "hours": plan.hours}, indent=1))
+    return {"hours": plan.hours, **read_prediction(path)}
 
 
 def _run(plan: LaunchPlan, workspace: Workspace, options: LaunchOptions, observer: Observer, train_function: str) -> RunRecord:

@@ -25,9 +25,9 @@ def production_card(config: ProductionConfig, facts: Mapping[str, Facts]) -> str
         f"| bits per byte | {_predicted(verdict)} | {verdict['measured']:.4f} |",
         f"| hours | {plan['hours']:.2f} | {verdict['hours']:.2f} |",
     ]
-    price = config.device.price
-    if price is not None:
-        lines.append(f"| cost | ${plan['dollars']:,.2f} | ${verdict['hours'] * config.device.num_devices * price:,.2f} |")
+    if config.device.price is not None:
+        hourly = config.device.price * config.device.num_devices
+        lines.append(f"| cost | ${plan['hours'] * hourly:,.2f} | ${verdict['hours'] * hourly:,.2f} |")
     lines += ["", f"Laws: {verdict['text']}.", ""]
     lines += [*(f"- alert: {line}" for line in verdict["alerts"]), ""] if verdict["alerts"] else []
     lines += ["| stage | result |", "|---|---|"]

@@ -126,7 +126,6 @@ class TrainingStages:
                 "tokens": plan.config.num_tokens,
                 "flops": plan.train_flops,
                 "hours": verdict["predicted_hours"],
-                "dollars": verdict["predicted_dollars"],
             },
             "summary": verdict["text"],
         }

@@ -19,6 +19,7 @@ from task_files import write_tasks
 from nanochat_model.errors import ConfigError
 from nanochat_model.record import RunRecord
 from nanoladder.production import missing_inputs, plan_production, run_production
+from nanoladder.production_card import production_card
 from nanoladder.production_config import (
     ChatStage,
     DataStage,
@@ -99,6 +100,9 @@ def test_the_card_says_planned_and_actual_and_how_to_talk(made: Made) -> None:
     assert card in made.text
     assert f"{made.facts['pretraining']['verdict']['measured']:.4f} |" in card and "| cost | $" in card
     assert f"nanoladder serve {made.facts['sft']['folder']} --port 8000" in card
+    dearer = replace(made.config, device=replace(made.config.device, price=100.0))
+    hours = made.facts["pretraining"]["verdict"]["hours"]
+    assert f"| ${100 * hours:,.2f} |" in production_card(dearer, made.facts), "a price given later is reckoned with"
     stored = json.loads((made.workspace.root / "production.json").read_text())
     assert stored["config"]["name"] == "tiny" and set(stored["stages"]) == set(NAMES) - {"report"}
 
