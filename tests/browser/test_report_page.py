@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from chromium import Page, find_chromium
-from report_inputs import TARGET, fitted, production, promotions
+from report_inputs import TARGET, fitted, fronts, production, promotions
 from synthetic_ladder import DEMO, REAL, LadderSpec
 
 from analysis.report import write_report
@@ -30,6 +30,7 @@ FIGURES = [
     "frontier",
     "errors",
     "noise",
+    "front_0",
 ]
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 # Text that sticks out of the window at the right, outside of boxes that scroll by themselves.
@@ -45,7 +46,8 @@ DRAWN = """Object.fromEntries(Array.from(document.querySelectorAll('.plot'), e =
 def make_report(folder: Path, spec: LadderSpec, target: float) -> Path:
     laws, table = fitted(spec, target)
     made = production(measured=1.63, run_id=table.frame["run_id"].iloc[0])
-    return write_report(laws, table, folder / "report.html", production=made, promotions=promotions(), title="A ladder & <more>")
+    extra = {"production": made, "promotions": promotions(), "fronts": fronts()}
+    return write_report(laws, table, folder / "report.html", title="A ladder & <more>", **extra)
 
 
 @pytest.fixture(scope="module")
