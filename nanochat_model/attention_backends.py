@@ -68,8 +68,8 @@ def _choose(requested: str, device_type: str, dtype: torch.dtype, windowed: bool
             refused.append(f"{name}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
             continue
         line = f"attention: {name}"
-        if device_type != "cpu" and refused:
-            line += f" ({FALLBACK_COST.get(name, '')}; not used: {'; '.join(refused)})"
+        if device_type != "cpu":  # which has one kernel only
+            line += f" ({FALLBACK_COST.get(name, '')}; not used: {'; '.join(refused)})" if refused else ""
             print(line, file=sys.stderr)
         return Backend(name, kernel, line)
     raise ConfigError(f"no attention kernel works on {device_type} in {dtype}: {'; '.join(refused)}")

@@ -253,6 +253,19 @@ def test_backend_choice_is_checked_and_refuses_what_cannot_run():
         attention_backends.choose_backend("fast", cpu, torch.bfloat16, windowed=True)
 
 
+def test_the_choice_is_one_line_with_what_a_fallback_costs(monkeypatch, capsys):
+    monkeypatch.setattr(attention_backends, "check_against_sdpa", lambda *args: None)
+    choose = attention_backends._choose.__wrapped__
+    monkeypatch.setitem(attention_backends.KERNELS, "flex", lambda *args: attention.sdpa)
+    assert choose("auto", "cuda", torch.bfloat16, True).name == "flex"
+    line = capsys.readouterr().err
+    assert line.startswith(f"attention: flex ({attention_backends.FALLBACK_COST['flex']}; not used: f") and line.count("\n") == 1
+    for name in ("fa3", "flash_attn"):
+        monkeypatch.setitem(attention_backends.KERNELS, name, lambda *args: attention.sdpa)
+    assert choose("auto", "cuda", torch.bfloat16, True).name in ("fa3", "flash_attn")
+    assert "(" not in capsys.readouterr().err.removeprefix("attention: ")
+
+
 @pytest.mark.parametrize("kernel", [attention.blocked, attention.sdpa])
 def test_start_up_check_passes_right_kernels(kernel):
     attention_backends.check_against_sdpa(kernel, "cpu", torch.float32)
