@@ -14,6 +14,7 @@ import pytest
 from toy_training import HORIZON, MODEL, train
 
 from nanochat_model.config import DataConfig
+from nanochat_model.record import RunRecord
 from nanoladder.cells import planned_trials
 from nanoladder.listen import Listeners
 from nanoladder.pool import Pool, make_works
@@ -155,6 +156,13 @@ def test_what_a_trial_uses_is_shown_and_a_paused_one_is_not_running(tmp_path: Pa
     writer.end()
     (child,) = children(workspace, "grid")
     assert child.info.status == "KILLED", "the command ended while it ran"  # type: ignore[attr-defined]
+
+    inside = {"step": [5, 10], "gradient_norm/h.0.mlp.c_fc": [0.25, None]}
+    record = replace(RunRecord.load(tmp_path / "run"), diagnostics=inside, step_seconds={"compute": 2.0})
+    writer.record(trial, record)
+    (child,) = children(workspace, "grid")
+    found = child.data.metrics  # type: ignore[attr-defined]
+    assert found["diagnostics/gradient_norm/h.0.mlp.c_fc"] == 0.25 and found["step_seconds/compute"] == 2.0
 
 
 def test_broken_records_and_runs_without_a_sweep_are_named_and_kept(tmp_path: Path) -> None:
