@@ -147,7 +147,7 @@ def default_micro_batch_rows(model: GPTConfig, device: torch.device) -> int:
 
 def use_compile(choice: str, device: torch.device, config: TrainConfig) -> bool:
     """Whether to compile the training path: always on a GPU; on a CPU only where the C kernels are missing (they are faster than
-    compiled PyTorch) and the run is long enough to win back the time."""
+    compiled PyTorch, see docs/training.md) and the run is long enough to win back the time. The same for a resumed run."""
     if choice in ("on", "off"):
         return choice == "on"
     if device.type != "cpu":

@@ -254,7 +254,7 @@ class GPT(nn.Module):
 
     def _embed(self, idx: Tensor, cache: KVCache | None, lengths: Tensor | None) -> Tensor:
         """Normalized embeddings (B, T, C), each mixed with that of the token before it (smear)."""
-        table = self.transformer["wte"]
+        table = cast(Table, self.transformer["wte"])
         if cache is None and torch.is_grad_enabled() and native.usable(table.weight) and self.compute_dtype in native.SUFFIX:
             return Embed.apply(table.weight, idx, self.smear_gate.weight, self.smear_lambda, self.compute_dtype)
         x = rms_norm(table(idx)).to(self.compute_dtype)

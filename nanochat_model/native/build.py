@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("kernels.c", "kernels.inc", "attention.inc", "products.inc", "cross_entropy.inc", "muon.inc")
+SOURCES = ("kernels.c", "kernels.inc", "attention.inc", "products.inc", "cross_entropy.inc", "muon.inc", "norms.inc")
 FLAGS = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 MACHINE_FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles
 SWITCH = "NANOLADDER_NATIVE"  # 0: pure PyTorch on CPUs as well

@@ -70,4 +70,5 @@ static inline uint16_t float_to_bf16(float v) { /* to nearest, ties to even */
 #include "products.inc"
 #include "cross_entropy.inc"
 #include "muon.inc"
+#include "norms.inc"
 #endif

@@ -65,7 +65,7 @@ class MixNorm(torch.autograd.Function):
         ctx.factors = (1.0 if r is None else r.item(), 1.0 if l is None else l.item())
         ctx.learned = r is not None or l is not None
         ctx.has_r = r is not None
-        _call("mix_norm", x.dtype, x, y, *ctx.factors, s, n, inv, rows, C, EPS)
+        call(_mix_name("mix_norm", x), x, y, *ctx.factors, s, n, inv, rows, C, EPS)
         ctx.save_for_backward(s, inv, *((x, y) if ctx.learned else ()))
         ctx.set_materialize_grads(False)
         return s, n
@@ -81,11 +81,17 @@ class MixNorm(torch.autograd.Function):
         gx = torch.empty_like(s)
         gy = torch.empty_like(s) if ctx.learned else gx
         sums = torch.empty((-(-rows // PIECE), 2), dtype=torch.float64)
-        _call("mix_norm_backward", s.dtype, gs, gn, s, inv, x, y, *ctx.factors, gx, gy, sums, int(ctx.learned), rows, C)
+        call(_mix_name("mix_norm_backward", s), gs, gn, s, inv, x, y, *ctx.factors, gx, gy, sums, int(ctx.learned), rows, C)
         if not ctx.learned:
             return gx, gx, None, None
         g_r, g_l = sums.sum(0).float().unbind()
         return gx, gy, g_r if ctx.has_r else None, g_l
+
+
+def _mix_name(name: str, x: Tensor) -> str:
+    """The kernel for x's dtype, in whole vectors where the CPU and the channels allow it."""
+    whole = x.dtype == torch.bfloat16 and x.shape[-1] % 16 == 0 and hasattr(kernels(), "mix_norm_vectors")
+    return name + ("_vectors" if whole else SUFFIX[x.dtype])
 
 
 class ReluSquare(torch.autograd.Function):

@@ -173,13 +173,22 @@ class MuonAdamW:
 
     def _muon(self, buffer: Buffer, state: dict[str, Tensor], lr: float, momentum: float, decay: float) -> None:
         spec = buffer.spec
-        stacks = buffer.own(buffer.values), buffer.own(buffer.grads), state["momentum"], state["second_moment"]
-        rates = {"lr": spec.lr * lr, "weight_decay": spec.weight_decay * decay, "momentum": momentum}
-        if native_muon.usable(stacks[0], self.polar_dtype):
-            native_muon.muon_step(*stacks, **rates, beta2=spec.beta2, coefficients=POLAR_EXPRESS[: spec.polar_steps])
-            return
-        scheduled = {name: self._as_scalar(value) for name, value in rates.items()}
-        self._muon_step(*stacks, **scheduled, beta2=spec.beta2, polar_steps=spec.polar_steps, dtype=self.polar_dtype)
+        values, grads = buffer.own(buffer.values), buffer.own(buffer.grads)
+        update: Any = self._muon_step
+        as_scalar, options = self._as_scalar, {"polar_steps": spec.polar_steps, "dtype": self.polar_dtype}
+        if native_muon.usable(values, self.polar_dtype):
+            update, as_scalar, options = native_muon.muon_step, float, {"coefficients": POLAR_EXPRESS[: spec.polar_steps]}
+        update(
+            values,
+            grads,
+            state["momentum"],
+            state["second_moment"],
+            momentum=as_scalar(momentum),
+            lr=as_scalar(spec.lr * lr),
+            weight_decay=as_scalar(spec.weight_decay * decay),
+            beta2=spec.beta2,
+            **options,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's states; for the same world size only. `consolidated_state` gives one for any."""
