@@ -79,6 +79,17 @@ def test_figures_draw_them_with_the_healthy_ratio(measured: tuple[Any, RunTable,
     assert "layer 1 is far off" in to_markdown(facts)
 
 
+def test_production_is_shown_before_larger_runs_and_those_before_smaller(measured: tuple[Any, RunTable, str]) -> None:
+    laws, table, _ = measured
+    ordered = table.frame.sort_values("C")["run_id"]
+    small, large = str(ordered.iloc[0]), str(ordered.iloc[-1])
+    both = replace(table, inside={small: MEASURED, large: MEASURED})
+    block = report_facts(laws, both)["inside"]
+    assert block["run_id"] == large and block["others"] == 1 and "1 other run measured as well" in block["text"]
+    frame = table.frame.assign(purpose=table.frame["purpose"].where(table.frame["run_id"] != small, "production"))
+    assert report_facts(laws, replace(both, frame=frame))["inside"]["run_id"] == small
+
+
 def test_a_deep_model_names_its_first_and_last_layer_only(measured: tuple[Any, RunTable, str]) -> None:
     laws, table, run = measured
     deep = {"step": STEPS, **{f"attention_logit_max/{i}": [1.0, 2.0, 3.0] for i in range(24)}}

@@ -178,6 +178,7 @@ def test_a_low_mfu_is_explained_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with caplog.at_level(logging.WARNING):
             record = pretrain(tiny_config(num_steps=30), RUNTIME, run_dir=tmp_path / str(timed), callbacks=[Keep()])
         assert caplog.text.count("of the device's peak") == int(timed)
+    assert "no step was measured" not in caplog.text and record.step_seconds["compute"] > 0, "steps are timed unasked"
     assert losses[True] == losses[False] and record.mfu is not None and record.mfu < 0.4
 
 
