@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -48,6 +49,8 @@ def _runs(uri: str, experiment: str) -> list[Any]:
     from mlflow.exceptions import MlflowException
 
     found: list[Any] = []
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():  # MLflow would make an empty one
+        raise DataError(f"no MLflow database at {uri}; a path from the root has four slashes: sqlite:////folder/mlflow.db")
     try:
         client = connect(uri)
         home = client.get_experiment_by_name(experiment)

@@ -73,7 +73,7 @@ def test_our_runs_come_back_as_the_records_give_them(mirrored):
     assert "status failed: loss is nan at step 12" in failed.reason
 
 
-def test_other_experiments_by_a_mapping(mirrored):
+def test_other_experiments_by_a_mapping(mirrored, tmp_path):
     uri, _ = mirrored
     mapping = {"params": "params.n_params", "tokens": "params.tokens", "loss": "metrics.loss"}
     table = load_mlflow(uri, "other", mapping)
@@ -83,5 +83,8 @@ def test_other_experiments_by_a_mapping(mirrored):
         load_mlflow(uri, "other", {**mapping, "loss": "metrics.bpb"})
     with pytest.raises(DataError, match="was logged by a sweep; give a column mapping"):
         load_mlflow(uri, "other")
+    with pytest.raises(DataError, match="no MLflow database at"):
+        load_mlflow(f"sqlite:///{tmp_path}/absent.db")
+    assert not (tmp_path / "absent.db").exists()
     with pytest.raises(DataError, match="no experiment 'absent'"):
         load_mlflow(uri, "absent")
