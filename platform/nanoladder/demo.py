@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,12 @@ from nanoladder.workspace import Workspace
 def demo_stages(size: DemoSize, workspace: Workspace) -> list[Stage]:
     """Every stage with its parents and what else its result depends on."""
     ladder = DemoStages(size, workspace)
-    last = ProductionStages(ladder)
-    ws = workspace
+    return [*_data_stages(ladder), *_sweep_stages(ladder), *_model_stages(ladder)]
+
+
+def _data_stages(ladder: DemoStages) -> list[Stage]:
+    """Text, tokenizer, token shards."""
+    size, ws = ladder.size, ladder.workspace
     return [
         Stage(
             name="corpus",
@@ -50,27 +54,28 @@ def demo_stages(size: DemoSize, workspace: Workspace) -> list[Stage]:
             parents=("tokenizer",),
             outputs=lambda f: [ws.shards_dir / "manifest.json"],
         ),
+    ]
+
+
+def _sweep_stages(ladder: DemoStages) -> list[Stage]:
+    """Sweeps on Ray, and the laws of their runs."""
+    tuning = ("weight_decay_cells", "weight_decay_multipliers", "batch_cells", "batch_multipliers", "lr_multipliers")
+    promotion = ("promotion_cells", "promotion_baseline", "promotion_variants", "promotion_seeds", "promotion_eval_steps")
+    return [
         Stage(
             name="tuning",
-            title="sweeps: weight decay, batch × learning rate",
+            title="sweeps: batch × learning rate, weight decay",
             run=ladder.tune,
             parents=("shards",),
-            inputs=ladder.inputs(
-                "eval_tokens",
-                "weight_decay_cells",
-                "weight_decay_multipliers",
-                "batch_cells",
-                "batch_multipliers",
-                "lr_multipliers",
-            ),
+            inputs=ladder.inputs("eval_tokens", *tuning),
             outputs=ladder.run_outputs,
         ),
         Stage(
             name="promotion",
-            title="promotion: win small, validate larger",
+            title="promotion: win small, win again larger",
             run=ladder.promotion,
             parents=("shards",),
-            inputs=ladder.inputs("eval_tokens", "promotion_cells", "promotion_variants", "promotion_seeds", "promotion_eval_steps"),
+            inputs=ladder.inputs("eval_tokens", *promotion),
             outputs=ladder.run_outputs,
         ),
         Stage(
@@ -86,9 +91,16 @@ def demo_stages(size: DemoSize, workspace: Workspace) -> list[Stage]:
             title="laws",
             run=ladder.laws,
             parents=("tuning", "isoflop"),
-            inputs=size.n_boot,
-            outputs=lambda f: [ws.laws_path],
+            inputs=ladder.size.n_boot,
+            outputs=lambda f: [ladder.workspace.laws_path],
         ),
+    ]
+
+
+def _model_stages(ladder: DemoStages) -> list[Stage]:
+    """From the laws to a model that answers, and the report."""
+    last, ws = ProductionStages(ladder), ladder.workspace
+    return [
         Stage(
             name="prediction",
             title="prediction",
@@ -109,8 +121,15 @@ def demo_stages(size: DemoSize, workspace: Workspace) -> list[Stage]:
             title="fine-tuning on conversations",
             run=last.sft,
             parents=("production",),
-            inputs=ladder.inputs("sft_conversations", "sft_epochs"),
+            inputs=ladder.inputs("sft_conversations", "sft_task_rows", "sft_epochs"),
             outputs=lambda f: [Path(f["folder"])],
+        ),
+        Stage(
+            name="chat_eval",
+            title="chat evaluation",
+            run=last.evaluate_chat,
+            parents=("sft",),
+            inputs=ladder.inputs("chat_eval_problems", "chat_eval_max_tokens"),
         ),
         Stage(
             name="chat",
@@ -161,7 +180,7 @@ def _end_ray() -> None:
 
 
 def print_summary(console: Console, workspace: Workspace, facts: Mapping[str, Facts], production: Mapping[str, Any]) -> None:
-    """The laws, prediction against result, the chat reply, and where to look further."""
+    """The laws, prediction against result, verdicts, chat score and reply, and where to look further."""
     from nanoladder.law_table import law_rows
 
     table = Table(title="Laws", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -180,11 +199,20 @@ def print_summary(console: Console, workspace: Workspace, facts: Mapping[str, Fa
         )
     else:
         console.print(f"Production loss   no prediction, measured {production['measured']:.4f} bpb")
+    for line in promotion_lines(facts["promotion"]["promotions"]):
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(f"Chat evaluation   {facts['chat_eval']['summary']}", soft_wrap=True, markup=False)
     console.print(f"Chat              {facts['chat']['prompt']!r} → {facts['chat']['reply']!r}", soft_wrap=True, markup=False)
     console.print(f"Report            {workspace.report_path}", soft_wrap=True)
     console.print()
     for command in further_commands(workspace, Path(facts["sft"]["folder"])):
         console.print(f"  {command}", soft_wrap=True, markup=False)
+
+
+def promotion_lines(promotions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a verdict, the stages in their order; the test's own sentence begins with the verdict."""
+    heads = ["Promotion", *[""] * (len(promotions) - 1)]
+    return [f"{head:<17} {p['change']} at {p['stage']}: {p['reason']}" for head, p in zip(heads, promotions, strict=True)]
 
 
 def further_commands(workspace: Workspace, chat_model: Path) -> list[str]:

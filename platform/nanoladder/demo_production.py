@@ -1,4 +1,4 @@
-"""The demo's stages after the laws: prediction, production run, fine-tuning, chat, report."""
+"""The demo's stages after the laws: prediction, production run, fine-tuning, chat and its score, report."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ class ProductionStages:
                 device="cpu",
                 num_threads=size.threads_per_worker,
                 checkpoint_every_steps=max(1, config.num_steps // size.production_checkpoints),
+                diagnostics_every_steps=max(1, config.num_steps // size.curve_points),
             ),
             workspace=workspace,
             num_workers=size.num_workers,
@@ -91,6 +92,11 @@ class ProductionStages:
         from nanoladder.demo_chat import finetune
 
         return finetune(self.ladder.size, self.ladder.workspace, self.record(), progress)
+
+    def evaluate_chat(self, facts: Mapping[str, Facts], progress: Progress) -> Facts:
+        from nanoladder.demo_chat import evaluate
+
+        return evaluate(self.ladder.size, self.ladder.workspace, Path(facts["sft"]["folder"]), progress)
 
     def chat(self, facts: Mapping[str, Facts], progress: Progress) -> Facts:
         from nanoladder.demo_chat import reply

@@ -61,7 +61,7 @@ class DemoStages:
         return self._sweeps([demo_sweeps.weight_decay(self.size, recipe), demo_sweeps.batch(self.size, recipe)], progress)
 
     def promotion(self, facts: Mapping[str, Facts], progress: Progress) -> Facts:
-        """Two changes of the recipe, judged at a small size; what wins there is validated at a larger one, with seeds."""
+        """Changes of the recipe, judged by paired seeds at a small size; what wins there must win again at a larger one."""
         from nanoladder.ladder import execute_ladder
 
         ladder = demo_sweeps.promotion(self.size, self.recipe())

@@ -107,7 +107,7 @@ def promotion(size: DemoSize = DEMO, recipe: Recipe | None = None) -> Ladder:
         variants=size.promotion_variants,
         stages=(Stage(name="small", cells=(small,)), Stage(name="large", cells=(large,))),
         seeds=size.promotion_seeds,
-        overrides={"eval.every_steps": size.promotion_eval_steps},
+        overrides={**size.promotion_baseline, "eval.every_steps": size.promotion_eval_steps},
         laws="none",
         packing="keep_remainder",
         backend="actor",

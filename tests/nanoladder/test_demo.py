@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import time
 from dataclasses import replace
 from typing import NamedTuple
@@ -38,18 +39,22 @@ TINY = DemoSize(
     batch_cells=(((1, 24), 4e3), ((1, 24), 8e3)),
     batch_multipliers=(1.0, 2.0),
     lr_multipliers=(0.5, 1.0, 2.0),
-    promotion_cells=(((1, 24), 2e3), ((1, 32), 2e3)),
-    promotion_variants={"half the batch": {"batch_multiplier": 0.5}},
-    promotion_seeds=(0,),
+    promotion_cells=(((1, 24), 4e3), ((1, 32), 4e3)),
+    promotion_variants={"a quarter of the batch": {"batch_multiplier": 1.0}},
     promotion_eval_steps=5,
     production_shapes=SHAPES,
     sft_conversations=80,
+    sft_task_rows=20,
+    sft_epochs=2.0,
+    chat_eval_problems=10,
+    chat_eval_max_tokens=8,
     chat_max_tokens=8,
     n_boot=50,
     num_workers=1,
 )
 NAMES = [
-    "corpus", "tokenizer", "shards", "tuning", "promotion", "isoflop", "laws", "prediction", "production", "sft", "chat", "report",
+    "corpus", "tokenizer", "shards", "tuning", "promotion", "isoflop", "laws", "prediction", "production", "sft", "chat_eval",
+    "chat", "report",
 ]  # fmt: skip
 
 
@@ -76,11 +81,19 @@ def test_every_stage_leaves_its_artifact(demo: Finished) -> None:
     workspace, facts, text = demo.workspace, demo.facts, demo.text
     assert list(facts) == NAMES
     names = {s for r in workspace.records() for s in record_sweeps(r)}
-    assert {"demo_isoflop", "demo_noise", "demo_wd", "demo_batch", "demo_promotion/small", "production"} <= names
+    assert {
+        "demo_isoflop",
+        "demo_noise",
+        "demo_wd",
+        "demo_batch",
+        "demo_promotion/small",
+        "demo_promotion/large",
+        "production",
+    } <= names
     assert json.loads(workspace.laws_path.read_text())["schema_version"] == 1
     assert workspace.report_path.stat().st_size > 1e5
     assert (workspace.root / "mlflow.db").exists() and (workspace.root / "optuna.db").exists()
-    assert "Production loss" in text and "Chat" in text and str(workspace.report_path) in text
+    assert "Production loss" in text and "Chat evaluation   score" in text and str(workspace.report_path) in text
     for program in ("mlflow", "optuna", "nanoladder"):
         assert f"{program} " in text
 
@@ -111,6 +124,30 @@ def test_the_prediction_was_written_before_the_run_started(demo: Finished) -> No
     assert any((workspace.run_dir(said["run_id"]) / "checkpoints").iterdir())
     production = read_production(workspace)
     assert production is not None and production["measured"] == record.val_bpb
+
+
+@pytest.mark.slow
+def test_a_true_gain_is_adopted_small_and_again_large_with_paired_seeds(demo: Finished) -> None:
+    verdicts = demo.facts["promotion"]["promotions"]
+    assert [(p["stage"], p["verdict"], p["n_seeds"]) for p in verdicts] == [("small", "adopt", 3), ("large", "adopt", 3)]
+    for p in verdicts:
+        runs = [RunRecord.load(demo.workspace.run_dir(r)) for r in (*p["baseline_run_ids"], *p["run_ids"])]
+        logs = [math.log(r.val_bpb) for r in runs if r.val_bpb]
+        assert p["gain"] == pytest.approx(sum(logs[:3]) / 3 - sum(logs[3:]) / 3)
+    assert "a quarter of the batch at large: adopt" in demo.text
+
+
+@pytest.mark.slow
+def test_the_chat_score_is_the_mean_over_unseen_questions_and_production_carries_diagnostics(demo: Finished) -> None:
+    found = demo.facts["chat_eval"]
+    assert [(t["task"], t["num_problems"]) for t in found["tasks"]] == [("demo-sums", 10), ("demo-choices", 10)]
+    assert found["score"] == pytest.approx(sum(t["centered"] for t in found["tasks"]) / 2)
+    seen, asked = (
+        [json.loads(x)["question"] for x in (demo.workspace.root / f"tasks/sums-{part}.jsonl").open()] for part in ("train", "test")
+    )
+    assert len(seen) == 20 and len(asked) == 10 and not set(seen) & set(asked)
+    record = RunRecord.load(demo.workspace.run_dir(read_prediction(demo.workspace.prediction_path)["run_id"]))
+    assert any(name.startswith("update_to_weight/") for name in record.diagnostics)
 
 
 @pytest.mark.slow
