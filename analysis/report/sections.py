@@ -226,7 +226,7 @@ def allocation(facts: Facts, figures: Figures) -> Html:
                 exponent(b.get("D_exponent")),
                 f"{fmt.significant(ends[0])} → {fmt.significant(ends[1])}",
                 exponent(b.get("ratio_exponent")),
-                "steadiest" if name == block.get("steadiest") else "",
+                "steadiest" if name == block.get("steadiest") and len(block["by_name"]) > 1 else "",
             ]
         )
         marked += [i] if name == facts["convention"] else []

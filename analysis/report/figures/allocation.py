@@ -11,6 +11,7 @@ from analysis.report import format as fmt
 from analysis.report.figures import theme
 from analysis.report.figures.marks import band, error_bar, line
 
+BAR_ROOM = 1.5  # how far beyond the minima their bars may widen an axis
 QUANTITIES = {
     "N": ("N*, parameters", fmt.tick_count),
     "D": ("D*, training tokens", fmt.tick_count),
@@ -68,6 +69,8 @@ def _points(
     ys += values
     formatter = fmt.significant if quantity == "ratio" else fmt.count
     low, high = [m.get(f"{quantity}_low") for m in minima], [m.get(f"{quantity}_high") for m in minima]
+    if main:  # room for the bars, but a wild one does not press the rest together
+        ys += [min(max(v, min(values) / BAR_ROOM), max(values) * BAR_ROOM) for v in (*low, *high) if fmt.is_number(v)]
     inside = [m.get("status") == "interior" for m in minima]
     texts = [
         f"<b>{formatter(v)}</b> ({fmt.interval(a, b, formatter)})<br>{block['label']}, {fmt.flops(m['C'])} FLOPs"
