@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("kernels.c", "kernels.inc", "attention.inc", "products.inc", "cross_entropy.inc", "muon.inc", "norms.inc")
+PARTS = ("kernels", "embed", "vectors", "rotary", "attention", "products", "cross_entropy", "muon", "norms")
+SOURCES = ("kernels.c", *(f"{part}.inc" for part in PARTS))
 FLAGS = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 MACHINE_FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles
 SWITCH = "NANOLADDER_NATIVE"  # 0: pure PyTorch on CPUs as well
