@@ -53,7 +53,7 @@ def _chosen(table: RunTable) -> tuple[Mapping[str, Any], Mapping[str, Series], i
     if measured.empty:
         return None
     order = measured.assign(first=measured["purpose"].str.contains("production")).sort_values(["first", "C"], ascending=False)
-    row = order.iloc[0].to_dict()
+    row = {str(k): v for k, v in order.iloc[0].to_dict().items()}  # pandas knows keys as hashables only
     return row, table.inside[row["run_id"]]["diagnostics"], len(measured) - 1
 
 
