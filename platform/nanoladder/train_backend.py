@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -128,11 +129,16 @@ def fit_trial(spec: TrialSpec, send: Progress, *, callbacks: Sequence[Callback] 
     stop = threading.Event()
     forwarder = threading.Thread(target=_forward, args=(events, send, stop), daemon=True)
     forwarder.start()
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
+    except SystemExit:  # Train's own answer to Ctrl-C
+        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as e:
         raise _explain(e, spec) from None
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)  # Train leaves its handler behind
         stop.set()
         forwarder.join(timeout=5)
         events.shutdown(force=True)
