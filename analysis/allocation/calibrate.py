@@ -38,6 +38,7 @@ MAX_FOLDS = 8  # the last ones
 PRIOR_FOLDS = 2.0
 DF_PER_FOLD = 1.5
 NEAR_OPTIMUM = 0.02  # runs whose penalty is below 2% judge the prediction at the optimum
+MIN_SD = 1e-9  # of a frontier without noise: rounding must not leave less
 MAX_Z = 4.0  # one diverged run does not speak for the law
 FOLD_RUNS = 4000  # a fold sees at most so many runs
 TILT_SPAN = math.log(4.0)  # runs within 4x of N* tell the slope; farther out the surface's curvature errs besides
@@ -76,7 +77,7 @@ class HeldOut:
     @property
     def z_level(self) -> float:
         """The same without the tilt: intervals at the optimum must hold a model's whole misfit, not only what no slope explains."""
-        return math.log(self.measured / self.predicted) / math.sqrt(self.sd**2 - self.tilt**2)
+        return math.log(self.measured / self.predicted) / math.sqrt(max(self.sd**2 - self.tilt**2, MIN_SD**2))
 
     def as_dict(self) -> dict[str, Any]:
         keys = ("C", "N", "D", "measured", "predicted", "surface", "low", "high", "kind", "near", "row")
