@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -286,18 +287,21 @@ def test_jobs_follow_recorded_runs_and_the_rules_for_checkpoints() -> None:
     assert spread == pytest.approx(0.1, rel=0.03) and source.startswith("measured")
 
 
+def recorded_job(took: dict[int, float], trial: Trial) -> Job:
+    return Job(seconds=took[trial.config.num_steps])
+
+
 def test_the_fit_of_a_recorded_sweep() -> None:
     """The runs of a real sweep on two CPUs (bench/simulate_check.py), as long as each took: the same wall-clock within 20%."""
     facts = json.loads((ROOT / "tests" / "support" / "recorded_sweep.json").read_text())
     overheads = Overheads(command=0.0, **facts["overheads"])
     for name in ("undisturbed", "kill -9"):
         real = facts[name]["real"]
-        seconds = {i: r["seconds"] for i, r in enumerate(sorted(real["runs"], key=lambda r: -r["seconds"]))}
-        sweep = sweep_of(*range(10 * len(seconds), 0, -10))
-        order = {n: i for i, n in enumerate(range(10 * len(seconds), 0, -10))}
-        setting = setting_of(
-            sweep, fleet_of(1, 2), lambda t, s=seconds, o=order: Job(seconds=s[o[t.config.num_steps]]), overheads=overheads
-        )
+        longest_first = sorted((r["seconds"] for r in real["runs"]), reverse=True)
+        took = {
+            10 * (len(longest_first) - i): seconds for i, seconds in enumerate(longest_first)
+        }  # by steps: the order of the pool
+        setting = setting_of(sweep_of(*took), fleet_of(1, 2), partial(recorded_job, took), overheads=overheads)
         if real["lost_device_seconds"]:
             setting = replace(setting, kills=(Kill(run=3, after=real["lost_device_seconds"]),))
         assert simulate_once(setting, 0).wall_seconds == pytest.approx(real["wall_seconds"], rel=0.2), name
