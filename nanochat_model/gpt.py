@@ -258,7 +258,7 @@ class GPT(nn.Module):
         # In float32 the parts stay apart: another order of rounding moves the stored traces, through the scalars' first gradients.
         in_one = cache is None and self.compute_dtype == torch.bfloat16 and native.usable(table.weight)
         if in_one and torch.is_grad_enabled():
-            return Embed.apply(table.weight, idx, self.smear_gate.weight, self.smear_lambda, self.compute_dtype)
+            return Embed.apply(table.weight, idx, self.smear_gate.weight, self.smear_lambda)
         x = rms_norm(table(idx)).to(self.compute_dtype)
         if cache is None:
             gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))

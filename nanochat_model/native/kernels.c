@@ -1,7 +1,7 @@
 /* CPU kernels: the element-wise parts of the model, each fused into one pass. Matrix products stay with PyTorch.
 
    Plain C with OpenMP, compiled once for this machine by native/build.py and called through ctypes. The same functions exist
-   for float32 and bfloat16 (kernels.inc and embed.inc are included twice); arithmetic is float32 throughout. Reductions over all rows are
+   for float32 and bfloat16 (kernels.inc is included twice); arithmetic is float32 throughout. Reductions over all rows are
    made of fixed pieces in a fixed order, so results do not depend on the number of threads. */
 
 #include <math.h>
@@ -54,7 +54,6 @@ static inline uint16_t float_to_bf16(float v) { /* to nearest, ties to even */
 #define STORE(v) (v)
 #define NAME(n) n##_f32
 #include "kernels.inc"
-#include "embed.inc"
 #undef REAL
 #undef LOAD
 #undef STORE

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanochat_model.native.attention import Meaning, attend, attend_backward
-from nanochat_model.native.ops import EPS, SUFFIX, call
+from nanochat_model.native.ops import EPS, call
 from nanochat_model.native.products import add_gradient, hidden_and_square, hidden_backward, linear, linear_backward
 
 
@@ -38,16 +38,17 @@ def add_rows(table: Tensor, idx: Tensor, g: Tensor) -> Tensor | None:
 
 class Embed(torch.autograd.Function):
     """Normalized rows of a float32 table (V, C) at idx (B, T), each mixed with that of the token before it: x_t + s_t x_{t-1} with
-    s_t = smear_lambda · sigmoid(gate · x_t[:G]); in `dtype`. gate (1, G), smear_lambda (1,), float32."""
+    s_t = smear_lambda · sigmoid(gate · x_t[:G]); in bfloat16. gate (1, G), smear_lambda (1,), float32."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, idx: Tensor, gate: Tensor, smear_lambda: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, table: Tensor, idx: Tensor, gate: Tensor, smear_lambda: Tensor) -> Tensor:
         B, T = idx.shape
+        dtype = torch.bfloat16
         idx, weight, factor = idx.contiguous(), gate.to(dtype), smear_lambda.to(dtype).item()
         x, y = (torch.empty((B, T, table.shape[1]), dtype=dtype) for _ in range(2))
         inverse, sigmoid = torch.empty((2, B * T), dtype=torch.float32)
         sizes = (B, T, table.shape[1], gate.shape[1])
-        call("embed" + SUFFIX[dtype], table, idx, weight, factor, x, y, inverse, sigmoid, *sizes, EPS)
+        call("embed_bf16", table, idx, weight, factor, x, y, inverse, sigmoid, *sizes, EPS)
         ctx.kept = (table, idx, weight, factor, x, inverse, sigmoid)
         ctx.sizes = sizes
         return y
@@ -59,9 +60,9 @@ class Embed(torch.autograd.Function):
         B, T, C, G = ctx.sizes
         rows, sums = torch.empty((B * T, C)), torch.empty((B, G + 1))
         kept = (table, idx, weight, factor, x, inverse, sigmoid)
-        call("embed_backward" + SUFFIX[x.dtype], g.contiguous(), *kept, rows, sums, B, T, C, G)
+        call("embed_backward_bf16", g.contiguous(), *kept, rows, sums, B, T, C, G)
         total = sums.sum(0)
-        return add_rows(table, idx, rows), None, total[:G].view(1, G), total[G:], None
+        return add_rows(table, idx, rows), None, total[:G].view(1, G), total[G:]
 
 
 class Feedforward(torch.autograd.Function):
