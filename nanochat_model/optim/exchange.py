@@ -7,7 +7,7 @@ another travel together up to PACK_BYTES; a larger one travels alone, and its co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,18 +20,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Sharded(Protocol):
-    """What an exchange needs of a buffer."""
-
-    values: Tensor
-    grads: Tensor
-
-    def own(self, flat: Tensor) -> Tensor:
-        """This rank's chunk of a tensor of the buffer's layout."""
-
-
 def make_exchanges(buffers: Sequence[Any], world_size: int, group: dist.ProcessGroup | None) -> list[Exchange]:
-    """Every buffer in one exchange, in order."""
+    """Every Buffer (of muon_adamw) in one exchange, in order."""
     packs: list[list[Any]] = []
     room = 0
     for buffer in buffers:
