@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-# Copying 8 MB costs under 2 ms on a CPU; sending that through Gloo on one machine takes ten times as long, so it hides nothing.
+# Copying 8 MB costs under 2 ms on a CPU, summing it through Gloo on one machine over 5 ms (1.5 GB/s, by `nanoladder doctor`).
 PACK_BYTES = 8 << 20
 # torch 2.13 renamed them; before, only the old names exist.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
