@@ -117,7 +117,7 @@ def standard_frame(raw: pd.DataFrame, chosen: Mapping[str, str], notes: list[str
     What is no number keeps its text, for the reason why its row is left out. Appends to `notes`."""
     frame = pd.DataFrame({KEYS[key]: raw[column] for key, column in chosen.items()}, index=raw.index)
     units = {KEYS[key]: header_unit(str(column)) for key, column in chosen.items()}
-    for column in frame.columns.intersection(NUMBER_COLUMNS):
+    for column in [c for c in frame.columns if c in NUMBER_COLUMNS]:
         count = column in COUNTS
         numbers, read = to_numbers(frame[column], counts=count, decimal_comma=raw.attrs.get("sep") == ";")
         if read:

@@ -171,7 +171,7 @@ def compare_runs(
         bare = [r for r in runs if len(table.curves.get(r, ())) == 0]
         if bare:
             raise DataError(f"run {bare[0]!r} has no stored curve; compare final losses with promotion_test instead")
-        seeds = {int(frame.loc[r, "seed"]): table.curves[r] for r in runs}
+        seeds = {int(frame["seed"][r]): table.curves[r] for r in runs}
         if len(seeds) < len(runs):
             raise DataError(
                 f"{plural(len(runs), 'run')} have {plural(len(seeds), 'seed')} between them; give one run a seed on each side"

@@ -11,6 +11,7 @@ import io
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -69,7 +70,13 @@ def _text(path: Path) -> pd.DataFrame:
     if top is None:
         raise DataError(f"{path}: the file is empty; give a table with a header line")
     separator = _separator(lines[top])
-    options = {"sep": separator, "encoding": encoding, "skiprows": top, "skip_blank_lines": False, "skipinitialspace": True}
+    options: dict[str, Any] = {
+        "sep": separator,
+        "encoding": encoding,
+        "skiprows": top,
+        "skip_blank_lines": False,
+        "skipinitialspace": True,
+    }
     frame = pd.read_csv(io.BytesIO(raw), **options)
     if not isinstance(frame.index, pd.RangeIndex) and frame.iloc[:, -1].isna().all():
         # Rows one field longer than the header: names of rows in front (R), or here only a separator at the end.

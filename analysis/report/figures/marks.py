@@ -39,9 +39,7 @@ def hover_texts(rows: pd.DataFrame, loss_name: str) -> list[str]:
     return texts
 
 
-def runs_trace(
-    rows: pd.DataFrame, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, loss_name: str, **more: Any
-) -> go.Scatter:
+def runs_trace(rows: pd.DataFrame, x: pd.Series | np.ndarray, y: pd.Series | np.ndarray, loss_name: str, **more: Any) -> go.Scatter:
     """Measured runs as points; a click on one leads to the run (customdata holds its id)."""
     return go.Scatter(
         x=np.asarray(x, dtype=float),
