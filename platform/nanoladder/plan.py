@@ -168,7 +168,7 @@ def _card(config: TrainConfig, target: Target) -> dict[str, Any]:
 
 def run_time(config: TrainConfig, target: Target, records: Sequence[RunRecord] = ()) -> tuple[Throughput, dict[str, Any]]:
     """Speed of the devices; seconds of a step, with and for the network, hours and dollars (fields of LaunchPlan). A speed
-    measured over all devices has the network in it already."""
+    measured over all devices, or recorded over several nodes, has the network in it already."""
     speed = estimate_throughput(
         config.model,
         target.device,
@@ -177,10 +177,11 @@ def run_time(config: TrainConfig, target: Target, records: Sequence[RunRecord] =
         mfu=target.mfu,
         tokens_per_second=target.tokens_per_second,
         precision="bf16" if config.fp8 == "off" else "fp8",
+        devices_per_node=target.devices_per_node,
     )
     gradients = float(FP32 * count_params(config.model).total)
     network = all_reduce_seconds(gradients, num_nodes=target.num_nodes, bandwidth_bytes=target.network_bytes_per_second)
-    added = 0.0 if target.tokens_per_second is not None else network
+    added = 0.0 if speed.includes_network else network
     step_seconds = config.batch_tokens / speed.tokens_per_second + added
     hours = step_seconds * config.num_steps / 3600
     price = target.price_per_device_hour

@@ -92,15 +92,14 @@ def _time_rows(plan: LaunchPlan) -> list[tuple[str, str]]:
     else:
         mfu = f"{speed.mfu:.1%} of {speed.peak_flops_per_device / 1e12:.0f} TFLOP/s a device"
     price = plan.target.price_per_device_hour
+    averaged = f"averaged between nodes in {plan.all_reduce_seconds:.2f} s a step"
+    averaged += " (in the speed already)" if speed.includes_network and plan.target.num_nodes > 1 else ""
     rows = [
         ("devices", f"{plan.target.num_devices} × {plan.target.device} on {plan.target.num_nodes} node(s)"),
         ("speed", f"{speed.tokens_per_second:,.0f} tokens/s  ← {speed.source}"),
         ("MFU", mfu),
         ("step", f"{plan.step_seconds:.2f} s" if plan.step_seconds >= 0.1 else f"{1000 * plan.step_seconds:.1f} ms"),
-        (
-            "gradients",
-            f"{plan.gradient_bytes / 1e6:,.0f} MB in fp32; averaged between nodes in {plan.all_reduce_seconds:.2f} s a step",
-        ),
+        ("gradients", f"{plan.gradient_bytes / 1e6:,.0f} MB in fp32; {averaged}"),
         ("time", f"{plan.hours:.2f} h"),
     ]
     if plan.dollars is not None:

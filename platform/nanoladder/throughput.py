@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from nanochat_model.config import GPTConfig
@@ -16,6 +16,7 @@ from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import DEVICES, TERA, DeviceSpec, find_device
 from nanochat_model.record import RunRecord
+from nanoladder.target import DEVICES_PER_NODE
 
 SECONDS_PER_HOUR = 3600.0
 # nanochat on 8×H100, bf16: 41% at d12, 46% at d18, 50% at d24 (its log, January to March 2026). N of matrices + lm_head.
@@ -36,6 +37,7 @@ class Throughput:
     peak_flops_per_device: float | None
     source: str
     measured: bool
+    includes_network: bool = False  # measured over several nodes: averaging gradients between them is in it
 
     @property
     def usual_mfu(self) -> float:
@@ -117,11 +119,13 @@ def estimate_throughput(
     mfu: float | None = None,
     tokens_per_second: float | None = None,
     precision: str = "bf16",
+    devices_per_node: int = DEVICES_PER_NODE,
 ) -> Throughput:
     """Speed of `model` on `num_devices` of `device`: given, else from recorded runs there, else assumed.
 
-    Recorded runs: the median rate of the five whose N is nearest. Raises ConfigError on a share outside 0..1, and on a
-    given speed that would need an MFU above 100%.
+    Recorded runs: the median rate of the five pretraining runs whose N is nearest, of those that spanned nodes as this one
+    does if there are any (more devices than `devices_per_node`; records do not name nodes). Raises ConfigError on a share
+    outside 0..1, and on a given speed that would need an MFU above 100%.
     """
     per_token = flops_per_token(model)
     spec = find_device(device)
@@ -129,17 +133,23 @@ def estimate_throughput(
         raise ConfigError(f"mfu {mfu} must lie in 0..1 (a share, not percent): the peak of a card bounds what it can do")
     if tokens_per_second is not None:
         given = mfu_of(model, tokens_per_second, spec, num_devices=num_devices, precision=precision) if spec else None
-        return _throughput(tokens_per_second * per_token, per_token, spec, num_devices, precision, "given tokens/s", True, given)
+        rate = tokens_per_second * per_token
+        speed = _throughput(rate, per_token, spec, num_devices, precision, "given tokens/s", True, given)
+        return replace(speed, includes_network=True)
     if mfu is not None:
         if spec is None:
             raise ConfigError(f"mfu {mfu} needs a known peak, {device!r} has none; give --tokens-per-second")
         rate = mfu * spec.peak_flops(precision) * num_devices
         return _throughput(rate, per_token, spec, num_devices, precision, f"given MFU {mfu:.0%}", False, mfu)
-    recorded = _recorded_rate(model, device, records)
-    if recorded is not None:
-        rate, n = recorded
-        source = f"measured: median of the {n} recorded runs on {device} nearest in size"
-        return _throughput(rate * num_devices, per_token, spec, num_devices, precision, source, True)
+    wanted = num_devices > devices_per_node
+    for several in (wanted, not wanted):
+        recorded = _recorded_rate(model, device, [r for r in records if (r.num_devices > devices_per_node) == several])
+        if recorded is not None:
+            rate, n = recorded
+            nodes = ", over several nodes, network included" if several else ""
+            source = f"measured: median of the {n} recorded runs on {device} nearest in size{nodes}"
+            speed = _throughput(rate * num_devices, per_token, spec, num_devices, precision, source, True)
+            return replace(speed, includes_network=several)
     if spec is None:
         source = f"assumed: {CPU_FLOPS_PER_SECOND / 1e9:.0f} GFLOP/s; no recorded run on {device!r}"
         return _throughput(CPU_FLOPS_PER_SECOND * num_devices, per_token, None, num_devices, precision, source, False)
@@ -177,9 +187,11 @@ def _recorded_rate(model: GPTConfig, device: str, records: Sequence[RunRecord]) 
 
 
 def nearest_runs(model: GPTConfig, device: str, records: Sequence[RunRecord]) -> list[RunRecord]:
-    """The complete runs on `device` whose N is nearest to the model's, at most NEAREST_RUNS."""
+    """The complete pretraining runs on `device` whose N is nearest to the model's, at most NEAREST_RUNS. A fine-tuning pads its
+    rows and masks its targets: its seconds are no pretraining's."""
     n, spec = count_params(model).scaling, find_device(device)
-    same = [r for r in records if r.status == "complete" and r.train_seconds > 0 and _same_device(r.device, device, spec)]
+    done = [r for r in records if r.kind == "base" and r.status == "complete" and r.train_seconds > 0]
+    same = [r for r in done if _same_device(r.device, device, spec)]
     return sorted(same, key=lambda r: abs(math.log(r.params["scaling"] / n)))[:NEAREST_RUNS]
 
 

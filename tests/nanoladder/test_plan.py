@@ -20,6 +20,7 @@ from nanoladder.launch import launch_runtime
 from nanoladder.laws_to_recipe import recipe_from_laws
 from nanoladder.plan import make_plan
 from nanoladder.plan_backwards import Goal, solve_goal
+from nanoladder.plan_text import plan_sections
 from nanoladder.recipes import find_recipe, recipe_of_run, write_recipe
 from nanoladder.target import Target
 from nanoladder.throughput import all_reduce_seconds, estimate_throughput, flops_mistake, mfu_mistake, mfu_of
@@ -191,13 +192,14 @@ def test_backwards_needs_what_it_needs() -> None:
         Goal(flops=1e19, budget_hours=3)
 
 
-def recorded_run(device: str, rate: float, depth: int) -> RunRecord:
+def recorded_run(device: str, rate: float, depth: int, num_devices: int = 1) -> RunRecord:
+    """`rate`: FLOP/s of one device."""
     config = NANOCHAT.resolve(GPTConfig.from_depth(depth), Horizon(num_tokens=1e9))
     flops = float(flops_per_token(config.model)) * config.num_tokens
     return RunRecord(
         run_id=f"{depth}{device}", status="complete", config=config, seed=0, params=count_params(config.model).as_dict(),
         num_tokens=config.num_tokens, flops_per_token=flops_per_token(config.model), train_flops=flops, device=device,
-        train_seconds=flops / rate,
+        train_seconds=flops / rate / num_devices, num_devices=num_devices,
     )  # fmt: skip
 
 
@@ -208,6 +210,31 @@ def test_recorded_runs_on_the_device_tell_the_speed() -> None:
     on_gpu = estimate_throughput(GPTConfig.from_depth(12), "h100", num_devices=8, records=records)
     assert on_gpu.measured and on_gpu.mfu == pytest.approx(400 / 989)
     assert not estimate_throughput(GPTConfig.from_depth(12), "mi300x", records=records).measured
+
+
+def test_a_fine_tuning_is_no_record_of_pretrainings_speed() -> None:
+    base, tuned = recorded_run("NVIDIA H100 80GB HBM3", 400e12, 12), recorded_run("NVIDIA H100 80GB HBM3", 100e12, 12)
+    records = [replace(tuned, kind="sft", run_id=f"sft{i}") for i in range(3)]
+    model = GPTConfig.from_depth(12)
+    assert estimate_throughput(model, "h100", records=[*records, base]).flops_per_second == pytest.approx(400e12)
+    assert not estimate_throughput(model, "h100", records=records).measured
+    assert launch_runtime(make_plan(model, records=records)).usual_mfu == 0.0
+
+
+def test_the_network_in_a_recorded_speed_is_not_added_again() -> None:
+    one_node, two_nodes = (recorded_run("NVIDIA H100 80GB HBM3", rate, 24, n) for rate, n in ((400e12, 8), (300e12, 16)))
+    on_two = Target(device="h100", num_devices=16)
+    plan = make_plan(D24, target=on_two, records=[one_node])
+    computing = plan.config.batch_tokens / plan.throughput.tokens_per_second
+    assert plan.step_seconds == pytest.approx(computing + plan.all_reduce_seconds), "one node has none of it"
+    plan = make_plan(D24, target=on_two, records=[one_node, two_nodes])
+    assert plan.throughput.flops_per_second == pytest.approx(16 * 300e12), "the run that spanned nodes too"
+    assert plan.all_reduce_seconds > 0 and plan.step_seconds == plan.config.batch_tokens / plan.throughput.tokens_per_second
+    assert "network included" in plan.throughput.source
+    times = dict(next(rows for title, rows in plan_sections(plan) if title == "Time and money"))
+    assert "(in the speed already)" in times["gradients"]
+    alone = make_plan(D24, target=Target(device="h100", num_devices=8), records=[one_node, two_nodes])
+    assert alone.throughput.flops_per_second == pytest.approx(8 * 400e12) and "network" not in alone.throughput.source
 
 
 def test_a_launch_is_told_the_mfu_of_recorded_runs() -> None:
