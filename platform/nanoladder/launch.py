@@ -62,8 +62,8 @@ def launch(
     The prediction is written into the run's folder before the run starts, and kept if it is there already: what was said
     first counts, of hours as of the loss. Alerts are kept there too, over all starts. Workers and nodes that die are replaced,
     and the run goes on from its newest checkpoint; so does the same launch started again. `progress` also gets the run's
-    events, and alerts as {"event": "alert", …}. Raises ConfigError when the plan is blocked by a bad law or has no data, and
-    what the training raised.
+    events, and alerts as {"event": "alert", …}. Raises ConfigError when the plan is blocked (by a bad law or a refused
+    prediction) or has no data, and what the training raised.
     """
     options = options or LaunchOptions()
     if plan.blocking:

@@ -1,7 +1,7 @@
 """Fitted laws into a recipe: a usable law replaces a rule, and each value can tell which of the two it came from.
 
 A law whose status is not "converged" blocks a launch until the user names it: `accept` uses it all the same, `without`
-keeps the recipe's own rule in its place.
+keeps the recipe's own rule in its place. `accept` with "prediction" lets a launch go against a refused prediction of its loss.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from nanochat_model.recipe import PowerRule, Recipe
 
 GOOD = "converged"
 LAW_NAMES = ("allocation", "batch_size", "learning_rate", "weight_decay")
+PREDICTION = "prediction"  # accepted by name like a law, though it is what laws say of one run
 Laws = Mapping[str, Any]  # laws.json as plain data; its schema is analysis/laws.schema.json
 
 
@@ -41,6 +42,7 @@ class LawRecipe:
     uses: tuple[RuleUse, ...]
     allocation: Mapping[str, Any] | None = None  # the block to take sizes and horizons from; null: the recipe's ratio
     predictor: Mapping[str, Any] | None = None  # the block to predict losses from; its prediction has its own verdict
+    accepts_prediction: bool = False  # whatever its verdict
 
     @property
     def blocking(self) -> tuple[str, ...]:
@@ -61,8 +63,9 @@ class LawRecipe:
 
 
 def recipe_from_laws(laws: Laws | None, base: Recipe, *, accept: Collection[str] = (), without: Collection[str] = ()) -> LawRecipe:
-    """`base` with every usable law of `laws` in place of its rule. Raises ConfigError on a name that is no law's."""
-    for name in (*accept, *without):
+    """`base` with every usable law of `laws` in place of its rule. Raises ConfigError on a name that is no law's
+    (nor, in `accept`, "prediction")."""
+    for name in (*(set(accept) - {PREDICTION}), *without):
         if name not in LAW_NAMES:
             raise ConfigError(f"law {name!r} is unknown; laws are {', '.join(LAW_NAMES)}")
     changes: dict[str, Any] = {}
@@ -79,6 +82,7 @@ def recipe_from_laws(laws: Laws | None, base: Recipe, *, accept: Collection[str]
         uses=tuple(uses),
         allocation=laws["allocation"] if laws and uses[0].kind == "law" else None,
         predictor=laws.get("allocation") if laws and "allocation" not in without else None,
+        accepts_prediction=PREDICTION in accept,
     )
 
 

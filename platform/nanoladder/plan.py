@@ -15,7 +15,7 @@ from nanochat_model.horizon import Horizon
 from nanochat_model.memory import FP32, MemoryEstimate, choose_micro_batch_rows, estimate_memory
 from nanochat_model.recipe import NANOCHAT, Recipe
 from nanochat_model.record import RunRecord
-from nanoladder.laws_to_recipe import LawRecipe, Laws, RuleUse, convention_of, optimal_horizon, recipe_from_laws
+from nanoladder.laws_to_recipe import PREDICTION, LawRecipe, Laws, RuleUse, convention_of, optimal_horizon, recipe_from_laws
 from nanoladder.target import Target
 from nanoladder.throughput import Throughput, all_reduce_seconds, estimate_throughput
 
@@ -125,6 +125,7 @@ def plan_config(
     card = _card(config, target)
     speed, time = run_time(config, target, records)
     prediction = predict(resolved.predictor, config)
+    refused = [] if resolved.accepts_prediction else _refused_prediction(prediction)
     return LaunchPlan(
         config=config,
         params=counts,
@@ -136,8 +137,8 @@ def plan_config(
         prediction=prediction,
         recipe=resolved.recipe.name,
         uses=resolved.uses,
-        blocking=(*resolved.blocking, *_erasing_decay(config)),
-        warnings=tuple(_warnings(counts, speed, prediction, time, config)),
+        blocking=(*resolved.blocking, *refused, *_erasing_decay(config)),
+        warnings=tuple(_warnings(counts, speed, prediction, time, config, refused=bool(refused))),
         **card,
         **time,
         **_sizes(config, card["memory"], target, bytes_per_token),
@@ -238,6 +239,8 @@ def _warnings(
     prediction: LossPrediction | None,
     time: Mapping[str, Any],
     config: TrainConfig,
+    *,
+    refused: bool,
 ) -> list[str]:
     lines = []
     network, compute_seconds = time["all_reduce_seconds"], config.batch_tokens / speed.tokens_per_second
@@ -249,11 +252,21 @@ def _warnings(
         lines.append(f"averaging gradients takes {network:.1f} s of a {compute_seconds:.1f} s step over this network")
     if prediction is None:
         lines.append("no loss is predicted: no usable allocation law")
-    elif prediction.verdict != "ok":
+    elif prediction.verdict != "ok" and not refused:
         lines += [f"prediction: {reason}" for reason in prediction.reasons] or [f"prediction: verdict {prediction.verdict}"]
     if config.num_steps < 100:
         lines.append(f"{config.num_steps} steps are few: warm-up alone takes {config.schedule.warmup_steps}; take a smaller batch")
     return lines
+
+
+def _refused_prediction(prediction: LossPrediction | None) -> list[str]:
+    """Laws that refuse to speak about a run say that nobody knows what it will reach: not to be paid for unseen."""
+    if prediction is None or prediction.verdict != "refuse":
+        return []
+    return [
+        f"prediction {prediction.val_bpb:.4f} bpb has verdict 'refuse' ({'; '.join(prediction.reasons)}); plan within reach of the "
+        f"laws, go on in spite of it with --accept-law {PREDICTION}, or predict nothing with --without-law allocation"
+    ]
 
 
 def _erasing_decay(config: TrainConfig) -> list[str]:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from allocation_tables import HOFFMANN, ladder
 
+from analysis.allocation.calibrate import Calibration
+from analysis.allocation.loss_model import fit_loss_model
+from analysis.allocation.predict import make_predictor
 from nanochat_model.config import GPTConfig
 from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.errors import ConfigError
+from nanochat_model.horizon import Horizon
 from nanochat_model.recipe import NANOCHAT
 from nanochat_model.record import RunRecord
-from nanoladder.launch import judge
+from nanoladder.launch import LaunchOptions, judge, launch
 from nanoladder.laws_to_recipe import best_model, optimal_horizon, recipe_from_laws, surface_loss
-from nanoladder.plan import LossPrediction
+from nanoladder.plan import LossPrediction, make_plan
+from nanoladder.workspace import Workspace
 
 SURFACE = {"E": 0.6, "A": 30.0, "B": 120.0, "alpha": 0.34, "beta": 0.31, "status": "converged", "n": 24}
 
@@ -39,8 +47,6 @@ def test_good_laws_replace_rules() -> None:
     assert [u.kind for u in found.uses] == ["law"] * 4
     assert not found.blocking
     model = GPTConfig.from_depth(12)
-    from nanochat_model.horizon import Horizon
-
     config = found.recipe.resolve(model, Horizon(num_tokens=4e9))
     assert config.batch_tokens == 2 ** round(math.log2(3e5 * 2))
     expected = 0.04 * (count_params(model).scaling / 1e8) ** -0.2 * (config.num_tokens / 1e9) ** 0.1
@@ -73,9 +79,39 @@ def test_bad_status_blocks_until_named(name: str) -> None:
     assert accepted.use(name).kind == "law" and not accepted.blocking
 
 
+@pytest.fixture(scope="module")
+def speaking() -> dict[str, Any]:
+    """Laws that predict losses, from budgets of 1e17 to 1e19 FLOPs."""
+    runs = ladder(HOFFMANN, 10.0 ** np.linspace(17, 19, 4), sizes=5, span=3)
+    predictor = make_predictor(fit_loss_model(runs).model, Calibration(mean_squares=(1.0,), held_out=()))
+    return laws(allocation={"convention": "matrices_lm_head", "parametric": SURFACE, "predictor": predictor.as_dict()})
+
+
+def test_a_refused_prediction_stops_a_launch_until_accepted_by_name(speaking: dict[str, Any], tmp_path: Path) -> None:
+    model, far = GPTConfig.from_depth(12), Horizon(train_flops=2e21)
+    plan = make_plan(model, laws=speaking, horizon=far)
+    assert plan.prediction is not None and plan.prediction.verdict == "refuse"
+    with pytest.raises(ConfigError, match=rf"prediction {plan.prediction.val_bpb:.4f} bpb has verdict 'refuse' \(200x beyond") as e:
+        launch(plan, Workspace(tmp_path), LaunchOptions(quiet=True))
+    assert "--accept-law prediction" in str(e.value) and "--without-law allocation" in str(e.value)
+    assert not any(line.startswith("prediction") for line in plan.warnings), "said once"
+    accepted = make_plan(model, laws=speaking, horizon=far, accept=["prediction"])
+    assert not accepted.blocking and any("200x beyond" in line for line in accepted.warnings)
+    silent = make_plan(model, laws=speaking, horizon=far, without=["allocation"])
+    assert not silent.blocking and silent.prediction is None
+
+
+def test_a_doubtful_prediction_is_a_caution(speaking: dict[str, Any]) -> None:
+    plan = make_plan(GPTConfig.from_depth(12), laws=speaking, horizon=Horizon(train_flops=3e20))
+    assert plan.prediction is not None and plan.prediction.verdict == "warn" and not plan.blocking
+    assert any("30x beyond" in line for line in plan.warnings)
+
+
 def test_unknown_law_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="law 'gravity' is unknown; laws are allocation, batch_size"):
         recipe_from_laws(laws(), NANOCHAT, accept=["gravity"])
+    with pytest.raises(ConfigError, match="law 'prediction' is unknown"):
+        recipe_from_laws(laws(), NANOCHAT, without=["prediction"])
 
 
 def test_optimal_horizon_is_the_stationary_point() -> None:

@@ -95,7 +95,7 @@ class Plan:
     goal: GoalOptions = field(default_factory=GoalOptions)
     target: DeviceOptions = field(default_factory=DeviceOptions)
     accept_law: Names = ()
-    """Use these laws in spite of their status."""
+    """Use these laws in spite of their status; "prediction": launch in spite of a loss prediction's verdict refuse."""
     without_law: Names = ()
     """Use the recipe's own rules instead of these laws."""
     set: Overrides = ()
@@ -240,7 +240,8 @@ class WatchOptions:
 class Launch(Plan):
     """Show the plan, ask once, run it on Ray Train, and write prediction against result. Started again it goes on.
 
-    A law with a bad status stops it, unless the law is named with --accept-law or --without-law.
+    A law with a bad status stops it, unless the law is named with --accept-law or --without-law; a loss prediction whose verdict
+    is refuse stops it, unless --accept-law prediction.
 
     Example: nanoladder launch --depth 4 --laws demo/laws.json --storage demo --device cpu --num-devices 2 --yes
     """
