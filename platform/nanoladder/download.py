@@ -122,10 +122,12 @@ def download(
     num_files: int = 0,
     workers: int = WORKERS,
     check: bool = False,
+    check_file: Callable[[Path], None] | None = None,
     patience: Patience | None = None,
     progress: Callable[[State], None] | None = None,
 ) -> Downloaded:
-    """The first `num_files` of `source` (0: all) in `folder`, verified. `check` reads and hashes also what is there already.
+    """The first `num_files` of `source` (0: all) in `folder`, verified. `check` reads and hashes also what is there already;
+    `check_file` (default `check_parquet`) raises ConfigError on a verified file that is of no use.
 
     Other files go on when one fails. Raises ConfigError naming the files that could not be had, twice corrupt ones among
     them; KeyboardInterrupt leaves partial files that the next call continues.
@@ -136,7 +138,8 @@ def download(
     missing = [f for f in wanted if f.name not in present]
     _check_space(folder, sum(f.size or 0 for f in missing))
     before = sum(k["size"] for k in present.values()) + sum(part_bytes(f.name, folder) for f in missing)
-    run = _Run(source, folder, wanted, present, before, Line(headers=source.headers, patience=patience or Patience()), progress)
+    line = Line(headers=source.headers, patience=patience or Patience())
+    run = _Run(source, folder, wanted, present, before, line, progress, check_file or check_parquet)
     failures = run.fetch_all(missing, workers)
     if failures:
         more = f" (and {len(failures) - 3} more)" if len(failures) > 3 else ""
@@ -160,7 +163,9 @@ class _Run:
         before: int,
         line: Line,
         progress: Callable[[State], None] | None,
+        check_file: Callable[[Path], None],
     ) -> None:
+        self.check_file = check_file
         self.source, self.folder, self.wanted, self.present = source, folder, wanted, present
         self.line, self.progress = line, progress
         self.before = before  # bytes that were here
@@ -209,7 +214,7 @@ class _Run:
         return failures
 
     def _finished(self, file: RemoteFile, facts: dict[str, Any]) -> None:
-        check_parquet(self.folder / file.name)
+        self.check_file(self.folder / file.name)
         stat = (self.folder / file.name).stat()
         self.fetched += facts["size"]
         self.present[file.name] = {**facts, "mtime_ns": stat.st_mtime_ns}

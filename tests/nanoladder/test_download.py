@@ -10,17 +10,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from faulty_hub import DATASET, FaultyHub, write_dataset
+from task_files import arc_rows, gsm8k_rows, humaneval_rows, mmlu_rows, smoltalk_rows, write_parquet
 
 from nanochat_model.errors import ConfigError
+from nanochat_model.mixture import parse_sources
+from nanochat_model.tasks.catalog import CHAT_TASKS, source_files, task_problems
+from nanochat_model.tasks.catalog import DATASETS as TASK_DATASETS
+from nanochat_model.tasks.files import count_rows
 from nanochat_model.transfer import Patience, fetch_one
+from nanoladder.cli import run
 from nanoladder.download import State, dataset_folder, download, find_source, stored_revision, text_bytes
 from nanoladder.shards_needed import bytes_for_depth, bytes_for_plan, fetch_needed, files_needed
+from nanoladder.task_data import CHAT_DATASETS, fetch_chat_dataset
 
 QUICK = Patience(max_failures=3, backoff_seconds=0.01, timeout_seconds=5)
 
@@ -219,6 +227,66 @@ def test_a_killed_command_goes_on(hub: FaultyHub, tmp_path: Path) -> None:
     facts = json.loads(done.stdout)
     assert stored(folder) == originals(hub) and len(facts["files"]) == 5
     assert {hub.ranges[n][-1] for n in names[2:]} == {4096} and hub.ranges[names[0]] == [0]
+
+
+@pytest.fixture
+def chat_hub(tmp_path: Path) -> Iterator[FaultyHub]:
+    """The five chat and evaluation sets as they lie on the hub, with configurations that nobody here reads."""
+    root = tmp_path / "hub"
+    for subset in ("ARC-Easy", "ARC-Challenge"):
+        for split in ("train", "test"):
+            write_parquet(root / "allenai/ai2_arc" / subset / f"{split}-00000-of-00001.parquet", arc_rows(9))
+    mmlu = root / "cais/mmlu"
+    write_parquet(mmlu / "all/auxiliary_train-00000-of-00001.parquet", [{"train": row} for row in mmlu_rows(400)])
+    write_parquet(mmlu / "all/test-00000-of-00001.parquet", mmlu_rows(10))
+    write_parquet(mmlu / "anatomy/test-00000-of-00001.parquet", mmlu_rows(3))
+    for split in ("train", "test"):
+        write_parquet(root / "openai/gsm8k/main" / f"{split}-00000-of-00001.parquet", gsm8k_rows(8))
+        write_parquet(root / "openai/gsm8k/socratic" / f"{split}-00000-of-00001.parquet", gsm8k_rows(8))
+        write_parquet(root / "HuggingFaceTB/smol-smoltalk/data" / f"{split}-00000-of-00001.parquet", smoltalk_rows(6))
+    write_parquet(root / "openai/openai_humaneval/openai_humaneval/test-00000-of-00001.parquet", humaneval_rows(5))
+    with FaultyHub(root) as server:
+        yield server
+
+
+def test_chat_sets_come_to_where_fine_tuning_and_evaluation_look(chat_hub: FaultyHub, tmp_path: Path, capsys) -> None:
+    assert set(CHAT_DATASETS.values()) == {d.repository for d in TASK_DATASETS.values()}
+    tasks = tmp_path / "tasks"
+    command = ["data", "download", "--dataset", "chat", "--tasks-dir", str(tasks), "--endpoint", chat_hub.endpoint]
+    assert run([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["datasets"]
+    assert [d["dataset"] for d in found] == list(CHAT_DATASETS.values())
+    names = {p.relative_to(tasks).as_posix() for p in tasks.rglob("*.parquet")}
+    offered = {p.relative_to(chat_hub.root).as_posix() for p in chat_hub.root.rglob("*.parquet")}
+    assert names == {n for n in offered if "anatomy" not in n and "socratic" not in n}
+    assert all((tasks / n).read_bytes() == (chat_hub.root / n).read_bytes() for n in names)
+    counts = {task: len(task_problems(task, tasks_dir=tasks)) for task in CHAT_TASKS}
+    assert counts == {"ARC-Easy": 9, "ARC-Challenge": 9, "MMLU": 10, "GSM8K": 8, "HumanEval": 5}
+    mixture = parse_sources(["nanochat"])
+    rows = [count_rows(source_files(s.data, tasks_dir=tasks, split=s.training_split)) for s in mixture]
+    assert rows == [6, 400, 8, 6, 10, 8]
+    sent = sum(chat_hub.sent.values())
+    assert run(command) == 0 and sum(chat_hub.sent.values()) == sent, "a second call fetches nothing"
+    assert f"nanoladder sft --checkpoint RUN --tasks-dir {tasks}" in capsys.readouterr().out
+
+
+def test_a_broken_chat_download_goes_on_and_what_cannot_be_read_is_named(chat_hub: FaultyHub, tmp_path: Path, capsys) -> None:
+    name, fetch = "auxiliary_train-00000-of-00001", partial(fetch_chat_dataset, endpoint=chat_hub.endpoint, patience=QUICK)
+    chat_hub.cut_after[name] = [900, *[0] * 20]
+    with pytest.raises(ConfigError, match=f"1 of 2 files could not be had: all/{name}"):
+        fetch("cais/mmlu", tmp_path / "tasks")
+    chat_hub.cut_after.clear()
+    fetch("cais/mmlu", tmp_path / "tasks")
+    assert chat_hub.ranges[name][-1] == 900, "from where it broke"
+    pq.write_table(pa.table({"prose": ["a"]}), chat_hub.root / "openai/gsm8k/main/train-00000-of-00001.parquet")
+    with pytest.raises(ConfigError, match="columns prose fit no known layout"):
+        fetch("openai/gsm8k", tmp_path / "tasks")
+    assert run(["data", "download", "--dataset", "chat", "--depth", "12"]) == 2
+    assert "--depth is for data sets of text" in capsys.readouterr().err
+    assert run(["data", "download", "--dataset", "smoltak"]) == 2
+    assert "'smoltak' is none of climbmix, fineweb-edu, smoltalk" in capsys.readouterr().err
+    assert run(["data", "download", "--dataset", "chat", "--revision", "v2"]) == 2
+    assert "'v2' is of one data set" in capsys.readouterr().err
 
 
 def test_shards_that_a_plan_needs(hub: FaultyHub, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "demo": Command("demo", "Demo", "the whole ladder on this machine, from corpus to a chat reply"),
     "data": Command("data", "Data", "text into corpus, tokenizer and token shards"),
-    "data download": Command("download", "DataDownload", "parquet shards of a data set, verified; goes on where it was"),
+    "data download": Command("download", "DataDownload", "parquet of a data set of text or chats, verified; goes on where it was"),
     "data mirror": Command("download", "DataMirror", "serve a folder of parquet with the hub's API"),
     "tokenizer": Command("data", "TokenizerCommand", "train a tokenizer, or look at how one cuts a text"),
     "count": Command("count", "Count", "parameters and FLOPs of a depth"),

@@ -32,10 +32,15 @@ class DataDownload:
     As many as a plan needs: nanoladder plan --depth 24 --json > plan.json; nanoladder data download --for-plan plan.json
 
     Then: nanoladder data --source runs/download/karpathy--climbmix-400b-shuffle --storage runs --vocab-size 32768
+
+    Conversations and questions for `sft` and `chat-eval`: nanoladder data download --dataset chat --tasks-dir tasks
     """
 
     dataset: str = "climbmix"
-    """climbmix, fineweb-edu, any owner/name on the hub with parquet of a `text` column, or addresses separated by blanks."""
+    """climbmix, fineweb-edu, any owner/name on the hub with parquet of a `text` column, or addresses separated by blanks; or
+    smoltalk, mmlu, gsm8k, arc, humaneval, or chat for these five, which come whole and as they are."""
+    tasks_dir: str = "tasks"
+    """Folder of smoltalk, mmlu, gsm8k, arc and humaneval, as `sft` and `chat-eval` take it."""
     storage: Storage = "runs"
     shards: int | None = None
     """Files to fetch, in the order of their names; 0: all. Left out: computed from one of the next three."""
@@ -60,7 +65,11 @@ class DataDownload:
     def run(self) -> None:
         from nanoladder.download import dataset_folder, download, find_source, stored_revision
         from nanoladder.shards_needed import fetch_needed
+        from nanoladder.task_data import chat_datasets
 
+        if repositories := chat_datasets(self.dataset):
+            self.fetch_chat(repositories)
+            return
         folder = Path(self.out) if self.out else dataset_folder(Workspace(self.storage).root, self.dataset)
         revision = self.revision or stored_revision(folder)
         wanted = self.wanted_bytes()
@@ -84,6 +93,40 @@ class DataDownload:
             f"{human(done.fetched_bytes)}B of them fetched now"
         )
         print(f"next: nanoladder data --source {done.folder} --storage {self.storage} --vocab-size 32768")
+
+    def fetch_chat(self, repositories: tuple[str, ...]) -> None:
+        """Chat and evaluation sets, each whole."""
+        from nanoladder.task_data import fetch_chat_dataset
+
+        of_text = [n for n in ("for_plan", "depth", "tokens", "out") if getattr(self, n) not in (None, "")]
+        of_text += ["shards"] if self.shards else []
+        if of_text:
+            flag = f"--{of_text[0].replace('_', '-')}"
+            raise ConfigError(f"{flag} is for data sets of text, {self.dataset} comes whole into --tasks-dir; leave it out")
+        if self.revision and len(repositories) > 1:
+            number = len(repositories)
+            raise ConfigError(f"revision {self.revision!r} is of one data set, {self.dataset} is {number}; fetch that one alone")
+        found = []
+        for repository in repositories:
+            with transfer_bar(quiet=self.json) as progress:
+                done = fetch_chat_dataset(
+                    repository,
+                    Path(self.tasks_dir),
+                    revision=self.revision,
+                    endpoint=self.endpoint,
+                    workers=self.workers,
+                    check=self.check,
+                    progress=progress,
+                )
+            found.append({**asdict(done), "num_bytes": done.num_bytes})
+            if not self.json:
+                fetched, number = human(done.fetched_bytes), len(done.files)
+                files = "1 file" if number == 1 else f"{number} files"
+                print(f"{done.folder}: {files}, {human(done.num_bytes)}B, verified; {fetched}B of them fetched now")
+        if self.json:
+            print_json({"tasks_dir": self.tasks_dir, "datasets": found})
+        else:
+            print(f"next: nanoladder sft --checkpoint RUN --tasks-dir {self.tasks_dir} --conversations nanochat")
 
     def wanted_bytes(self) -> float | None:
         """Bytes of training text that are needed; None where a number of files was given."""
