@@ -8,14 +8,14 @@ export HOME := /tmp
 endif
 # One thread a process is what trials get; libraries must not start more behind our back in the tests.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 RAY_DEDUP_LOGS=0
-# 0: all tests in one process. With more, whole files are dealt out, so that the tests of a file share its Ray cluster.
-TEST_PROCESSES ?= 0
+# Whole files are dealt out to two processes, so that the tests of a file share its Ray cluster. 0: all tests in one process.
+TEST_PROCESSES ?= 2
 
 .PHONY: help venv demo test lint format clean
 
 help:
 	@echo "make demo   install into $(VENV), then run the whole ladder on this machine (about 10 minutes on 2 cores)"
-	@echo "make test   install into $(VENV), then run the tests (TESTS=tests/analysis for some, TEST_PROCESSES=2 for two at a time)"
+	@echo "make test   install into $(VENV), then run the tests (TESTS=tests/analysis for some, TEST_PROCESSES=0 for one at a time)"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove $(VENV), caches and the demo's results"
 

