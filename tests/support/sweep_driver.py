@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Collection
@@ -63,7 +62,6 @@ class Driver:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=heed_interrupts,
         )
 
     def ended(self) -> set[str]:
@@ -98,8 +96,3 @@ class Driver:
         assert {r.status for r in records} == {"complete"}
         assert self.states() == ["COMPLETE"] * len(self.expected)
         return records
-
-
-def heed_interrupts() -> None:
-    """A shell that starts the tests in the background has SIGINT ignored, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
