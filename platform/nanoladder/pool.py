@@ -296,9 +296,7 @@ def trial_flops(trial: Trial) -> float:
     return float(trial.config.num_tokens) * flops_per_token(trial.config.model)
 
 
-def make_works(
-    sweep: Sweep, studies: Callable[[Sweep, Cell, DataConfig | None], Study], data: DataConfig | None
-) -> list[CellWork]:
+def make_works(sweep: Sweep, studies: Callable[[Sweep, Cell, DataConfig | None], Study], data: DataConfig | None) -> list[CellWork]:
     """The cells of a sweep with their studies; `data` says which shards (None: unknown yet, for planning)."""
     works = []
     for cell in sweep.cells:
