@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from sweep_bench import Bench
-from toy_training import HORIZON, MODEL
+from toy_sweep import CELL, KNOBS
 
 from nanochat_model.recipe import PowerRule
 from nanochat_model.record import CurvePoint
@@ -17,11 +17,9 @@ from nanoladder.ladder import Ladder, Stage, finalists, moved, screening, stage_
 from nanoladder.promote import Promotion, judge_screened, judge_stage, rank_correlations
 from nanoladder.prune import Pruner, constant_until, is_far_behind, loss_at
 from nanoladder.space import Grid, Times
-from nanoladder.sweep import Cell, Sweep
+from nanoladder.sweep import Sweep
 from nanoladder.workspace import Workspace
 
-KNOBS = {"batch_tokens": 64, "optimizer.matrix_lr": 0.02, "optimizer.weight_decay": 0.1}
-CELL = Cell(model=MODEL, horizon=HORIZON, overrides=KNOBS)
 LADDER = Ladder(
     name="l", question="?", stages=(Stage(name="a", cells=(CELL,), finalists=1), Stage(name="b", cells=(CELL,))),
     variants={"half": {"optimizer.matrix_lr": 0.01}, "eight": {"optimizer.matrix_lr": 0.16}, "two": {"optimizer.matrix_lr": 0.04}},

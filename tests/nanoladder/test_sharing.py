@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from local_s3 import local_s3
 from tiny_run import tiny_config
+from toy_sweep import KNOBS
 from toy_training import HORIZON, MODEL, TRAIN, notes
 
 from nanochat_model.config import DataConfig, GPTConfig
@@ -37,7 +38,6 @@ from nanoladder.trial_spec import TrialSpec
 from nanoladder.workspace import Workspace
 
 DATA = DataConfig(manifest_hash="toy")
-KNOBS = {"batch_tokens": 64, "optimizer.matrix_lr": 0.02, "optimizer.weight_decay": 0.1}
 TOY = Sweep(name="toy", question="?", cells=(Cell(model=MODEL, horizon=HORIZON, overrides=KNOBS),))
 FOUR = replace(TOY, space={"optimizer.matrix_lr": Grid([0.005, 0.01, 0.02, 0.04])})
 D24 = GPTConfig.from_depth(24)

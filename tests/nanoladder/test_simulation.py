@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sweep_bench import Bench
+from toy_sweep import KNOBS
 from toy_training import MODEL
 
 from nanochat_model.horizon import Horizon
@@ -32,7 +33,6 @@ from nanoladder.sweep import Adaptive, Cell, Sweep
 
 ROOT = Path(__file__).parents[2]
 NOTHING = Overheads(driver=0, process=0, imports=0, train_start=0, detect=0, command=0, stage=0)
-KNOBS = {"batch_tokens": 64, "optimizer.matrix_lr": 0.02, "optimizer.weight_decay": 0.1}
 
 
 def cell(num_steps: int) -> Cell:

@@ -10,16 +10,15 @@ from typing import Any
 import optuna
 import pytest
 from sweep_bench import Bench
+from toy_sweep import CELL, KNOBS, make_sweep, run_ids
 from toy_training import BEST_LR, HORIZON, MODEL, toy_loss, train
 
 from nanochat_model.errors import ConfigError
 from nanoladder.pool import load_record
 from nanoladder.space import Choice, Grid, LogUniform, Uniform
 from nanoladder.study import open_storage
-from nanoladder.sweep import Cell, Sweep
+from nanoladder.sweep import Cell
 
-KNOBS = {"batch_tokens": 64, "optimizer.matrix_lr": 0.02, "optimizer.weight_decay": 0.1}
-CELL = Cell(model=MODEL, horizon=HORIZON, overrides=KNOBS)
 LR = {"optimizer.matrix_lr": LogUniform(1e-3, 1e-1)}
 TWO = {**LR, "optimizer.weight_decay": LogUniform(1e-3, 1e-1)}
 
@@ -27,14 +26,6 @@ TWO = {**LR, "optimizer.weight_decay": LogUniform(1e-3, 1e-1)}
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOY_STEP_SECONDS", "0")
-
-
-def make_sweep(**fields: Any) -> Sweep:
-    return replace(Sweep(name="toy", question="?", cells=(CELL,)), **fields)
-
-
-def run_ids(root: Path) -> set[str]:
-    return {p.parent.name for p in (root / "runs").glob("*/record.json")}
 
 
 SAMPLERS = [

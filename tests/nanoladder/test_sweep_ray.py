@@ -13,6 +13,7 @@ import pytest
 from small_text import small_shards
 from task_files import write_jsonl
 from tiny_run import RUNTIME, tiny_config, tiny_shards
+from toy_sweep import CELL, KNOBS
 from toy_training import HORIZON, MODEL, TRAIN, notes, toy_loss
 
 from nanochat_model import corpus as corpus_module
@@ -40,8 +41,6 @@ from nanoladder.train_backend import run_training_on_ray_train
 from nanoladder.workspace import Workspace
 
 DATA = DataConfig(manifest_hash="toy")
-KNOBS = {"batch_tokens": 64, "optimizer.matrix_lr": 0.02, "optimizer.weight_decay": 0.1}
-CELL = Cell(model=MODEL, horizon=HORIZON, overrides=KNOBS)
 TOY = Sweep(name="toy", question="?", cells=(CELL,))
 SUPPORT = str(Path(__file__).parents[1] / "support")
 

@@ -11,7 +11,8 @@ from typing import Any
 import optuna
 import pytest
 from sweep_bench import Bench
-from toy_training import BEST_LR, HORIZON, MODEL, toy_loss, train
+from toy_sweep import CELL, make_sweep, run_ids
+from toy_training import BEST_LR, toy_loss, train
 
 from nanochat_model.config import GPTConfig
 from nanochat_model.counts import count_params
@@ -28,8 +29,6 @@ from nanoladder.sweep_index import IndexWriter, read_index
 from nanoladder.sync import sync
 from nanoladder.workspace import Workspace
 
-KNOBS = {"batch_tokens": 64, "optimizer.matrix_lr": 0.02, "optimizer.weight_decay": 0.1}
-CELL = Cell(model=MODEL, horizon=HORIZON, overrides=KNOBS)
 LR, DECAY = "optimizer.matrix_lr", "optimizer.weight_decay"
 CONDITIONAL = {
     "schedule.kind": Choice(["nanochat", "constant_then_decay"]),
@@ -41,14 +40,6 @@ CONDITIONAL = {
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOY_STEP_SECONDS", "0")
-
-
-def make_sweep(**fields: Any) -> Sweep:
-    return replace(Sweep(name="toy", question="?", cells=(CELL,)), **fields)
-
-
-def run_ids(root: Path) -> set[str]:
-    return {p.parent.name for p in (root / "runs").glob("*/record.json")}
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc"])

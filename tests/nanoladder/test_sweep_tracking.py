@@ -11,7 +11,8 @@ from typing import Any
 
 import optuna
 import pytest
-from toy_training import HORIZON, MODEL, train
+from toy_sweep import CELL
+from toy_training import train
 
 from nanochat_model.config import DataConfig
 from nanochat_model.record import RunRecord
@@ -21,15 +22,13 @@ from nanoladder.pool import Pool, make_works
 from nanoladder.ray_metrics import memory_bytes
 from nanoladder.space import Choice, Grid, LogUniform
 from nanoladder.study import CellStudy, open_storage
-from nanoladder.sweep import Cell, Sweep
+from nanoladder.sweep import Sweep
 from nanoladder.sweep_index import IndexWriter
 from nanoladder.sync import sync
 from nanoladder.system_use import SystemUse
 from nanoladder.tracking import MlflowMirror, MlflowWriter, connect
 from nanoladder.workspace import Workspace
 
-KNOBS = {"batch_tokens": 64, "optimizer.matrix_lr": 0.02, "optimizer.weight_decay": 0.1}
-CELL = Cell(model=MODEL, horizon=HORIZON, overrides=KNOBS)
 GRID = Sweep(name="grid", question="?", cells=(CELL,), seeds=(0, 1), space={"optimizer.matrix_lr": Grid([0.01, 0.02])})
 SPACE = {"optimizer.matrix_lr": LogUniform(1e-3, 1e-1), "schedule.kind": Choice(["nanochat", "constant_then_decay"])}
 TPE = Sweep(name="tpe", question="?", cells=(CELL,), sampler="tpe", num_trials=3, space=SPACE)

@@ -46,29 +46,23 @@ class RayNodes:
     def start_head(self, *, num_cpus: int = 1, num_gpus: int = 0) -> int:
         port = self.address.split(":")[1]
         node = ["--head", f"--port={port}", "--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
-        pid = self._start([*node, f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"], "head")
-        wait_for(lambda: answers(self.address), 60)
-        return pid
+        return self._start([*node, f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"], "head")
 
     def start_node(self, *, num_cpus: int = 1, num_gpus: int = 0) -> int:
-        pid = self._start([f"--address={self.address}", f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"], "node")
-        # a sweep that starts before the node has joined plans for the head alone
-        wait_for(lambda: b"Ray runtime started" in self._log("node").read_bytes(), 60)
-        return pid
-
-    def _log(self, kind: str) -> Path:
-        """Of the node started last."""
-        return self.folder / f"{kind}-{len(self._started) - 1}.log"
+        return self._start([f"--address={self.address}", f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"], "node")
 
     def _start(self, arguments: list[str], kind: str) -> int:
         temp = [f"--temp-dir={self.folder}"] if kind == "head" else []
         command = [str(Path(sys.executable).parent / "ray"), "start", *arguments, *temp]
-        with (self.folder / f"{kind}-{len(self._started)}.log").open("wb") as log:
+        path = self.folder / f"{kind}-{len(self._started)}.log"
+        with path.open("wb") as log:
             process = subprocess.Popen(
                 [*command, "--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--block"],
                 env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self._started.append(process)
+        # a sweep that starts before a node has joined plans without it
+        wait_for(lambda: b"Ray runtime started" in path.read_bytes(), 60)
         return process.pid
 
     def kill(self, node: int) -> None:
