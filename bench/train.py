@@ -96,6 +96,7 @@ def our_step(job: Job, compiled: bool) -> Any:
     from nanochat_model.config import GPTConfig, OptimizerConfig
     from nanochat_model.device import choose_device, tune_process
     from nanochat_model.gpt import GPT, compile_training
+    from nanochat_model.native.products import weights_stay
     from nanochat_model.optim import build_optimizer
 
     tune_process(job.threads)
@@ -114,13 +115,14 @@ def our_step(job: Job, compiled: bool) -> Any:
     def step(timer: Timer) -> None:
         micro = next(source)
         timer.mark("data")
-        for x, y in micro:
-            inputs, targets = (torch.from_numpy(a.copy()).to(device) for a in (x, y))
-            timer.mark("data")
-            loss = model.loss(inputs, targets, reduction="sum") * factor
-            timer.mark("forward")
-            loss.backward()
-            timer.mark("backward")
+        with weights_stay():  # as the training loop says it
+            for x, y in micro:
+                inputs, targets = (torch.from_numpy(a.copy()).to(device) for a in (x, y))
+                timer.mark("data")
+                loss = model.loss(inputs, targets, reduction="sum") * factor
+                timer.mark("forward")
+                loss.backward()
+                timer.mark("backward")
         optimizer.step(1.0, 0.95, 0.5)
         optimizer.zero_grad()
         timer.mark("optimizer")

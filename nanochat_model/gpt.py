@@ -130,10 +130,11 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.model_dim, 4 * config.model_dim, fp8=fp8)
         self.c_proj = Linear(4 * config.model_dim, config.model_dim, fp8=fp8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and native.usable(x):
-            return Feedforward.apply(x, self.c_fc.weight, self.c_proj.weight)
-        return self.c_proj(relu_square(self.c_fc(x)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + MLP of x, both (B, T, C)."""
+        if torch.is_grad_enabled() and native.usable(x, residual):
+            return Feedforward.apply(x, residual, self.c_fc.weight, self.c_proj.weight)
+        return residual + self.c_proj(relu_square(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -147,7 +148,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (B, T, C), the residual stream, and its norm; returns the stream after attention and MLP."""
         x, normed = mix_norm(x, self.attn(normed, ve, cos, sin, cache))
-        return x + self.mlp(normed)
+        return self.mlp(normed, x)
 
 
 class GPT(nn.Module):

@@ -9,7 +9,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat_model.distributed import Ranks
+from nanochat_model.native.products import weights_stay
 
 EMA_FACTOR = 0.9  # of the smoothed training loss, a step (nanochat base_train)
 COLLECT_EVERY_STEPS = 5000  # the garbage collector is off between: its pauses cost up to 500 ms (nanochat's log)
@@ -113,10 +114,12 @@ class Stepper:
         """
         part = torch.zeros((), device=self.device)
         factor = self.ranks.world_size * self.loss_scale.value / max(1, batch.num_targets)
-        for inputs, targets in self.micro_batches(batch):
-            loss = self.model.loss(inputs, targets, reduction="sum")
-            (loss * factor).backward()
-            part += loss.detach()
+        several = len(batch.inputs) > self.micro_batch_rows
+        with weights_stay() if several else nullcontext():
+            for inputs, targets in self.micro_batches(batch):
+                loss = self.model.loss(inputs, targets, reduction="sum")
+                (loss * factor).backward()
+                part += loss.detach()
         return part / max(1, batch.num_targets)
 
     def step(self, batch: Batch, multipliers: Multipliers) -> StepOutcome:

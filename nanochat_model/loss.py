@@ -84,10 +84,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
         grad_x, grad_table = ctx.kept
         del ctx.kept
         grad_x.mul_(grad)
-        grad_table.mul_(grad)
         if ctx.weight.grad is None or not native.usable(grad_table):
-            return grad_x, grad_table, None, None
-        ctx.weight.grad.add_(grad_table)
+            return grad_x, grad_table.mul_(grad), None, None
+        ctx.weight.grad.add_(grad_table, alpha=grad.item())
         return grad_x, None, None, None
 
 

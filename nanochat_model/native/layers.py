@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanochat_model.native.attention import Meaning, attend, attend_backward
 from nanochat_model.native.ops import EPS, call
-from nanochat_model.native.products import add_gradient, hidden_and_square, hidden_backward, linear, linear_backward
+from nanochat_model.native.products import add_gradient, add_gradients, hidden_and_square, hidden_backward, linear, linear_backward
 
 
 class Look(torch.autograd.Function):
@@ -66,14 +66,14 @@ class Embed(torch.autograd.Function):
 
 
 class Feedforward(torch.autograd.Function):
-    """relu(x Wfcᵀ)² Wprojᵀ."""
+    """residual + relu(x Wfcᵀ)² Wprojᵀ."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, residual: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         hidden, active = hidden_and_square(flat, fc)
         ctx.kept, ctx.weights = (flat, hidden), (fc, proj)
-        return linear(active, (proj,)).view_as(x)
+        return linear(active, (proj,), plus=residual.reshape(-1, x.shape[-1])).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -83,7 +83,7 @@ class Feedforward(torch.autograd.Function):
         flat = g.reshape(-1, g.shape[-1])
         g_proj = add_gradient(proj, flat, hidden, square=True)
         gh = hidden_backward(flat, proj, hidden)
-        return linear_backward(gh, (fc,)).view_as(g), add_gradient(fc, gh, x), g_proj
+        return linear_backward(gh, (fc,)).view_as(g), g, add_gradient(fc, gh, x), g_proj
 
 
 class AttentionLayer(torch.autograd.Function):
@@ -137,7 +137,7 @@ class AttentionLayer(torch.autograd.Function):
         gq, gk, gv = _heads(g_qkv, ctx.split, B, T, ctx.head_dim)
         attend_backward(g_out, inputs, out, sums, (gq, gk, gv, gve, ggate), ctx.meaning)
         gx = linear_backward(g_qkv, c_qkv)
-        g_weights = [add_gradient(w, part, flat) for w, part in zip(c_qkv, g_qkv.split(ctx.split, dim=-1), strict=True)]
+        g_weights = add_gradients(c_qkv, g_qkv, flat)
         g_gate = None
         if small is not None and ggate is not None:
             gx[:, : small.shape[1]] += ggate @ small

@@ -22,14 +22,10 @@ EPS = float(torch.finfo(torch.float32).eps)  # of torch's rms_norm, which comput
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors: on the CPU, of one supported dtype, compiled, and not being traced."""
-    first = tensors[0]
-    return (
-        first.device.type == "cpu"
-        and first.dtype in SUFFIX
-        and all(t.dtype == first.dtype for t in tensors)
-        and not torch.compiler.is_compiling()
-        and kernels() is not None
-    )
+    dtype = tensors[0].dtype
+    if dtype not in SUFFIX or torch.compiler.is_compiling() or kernels() is None:
+        return False
+    return all(t.is_cpu and t.dtype == dtype for t in tensors)
 
 
 def _call(name: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:
@@ -37,19 +33,32 @@ def _call(name: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> 
 
 
 def call(name: str, *args: Tensor | int | float | None) -> None:
-    """Call a kernel: tensors by address (they must be contiguous), ints as int64, floats as float; the thread count is added."""
+    """Call a kernel: tensors by address (they must be contiguous), ints as int64, floats as float; the thread count is added.
+
+    What is an int, a float or an address at the first call of a kernel stays one.
+    """
+    kernel = _KERNELS.get((name, len(args))) or _declared(name, args)
+    kernel(*[a if a.__class__ in _NUMBERS else 0 if a is None else _address(a) for a in args], torch.get_num_threads())
+
+
+_NUMBERS = (int, float)
+_KERNELS: dict[tuple[str, int], Any] = {}
+
+
+def _address(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def _declared(name: str, args: tuple[Tensor | int | float | None, ...]) -> Any:
+    """The kernel with its argument types, so that ctypes converts plain numbers itself: a step makes hundreds of calls."""
     library = kernels()
     assert library is not None
-    values: list[Any] = []
-    for a in args:
-        if isinstance(a, Tensor):
-            assert a.is_contiguous()
-            values.append(ctypes.c_void_p(a.data_ptr()))
-        elif isinstance(a, float):
-            values.append(ctypes.c_float(a))
-        else:
-            values.append(ctypes.c_void_p(None) if a is None else ctypes.c_int64(a))
-    getattr(library, name)(*values, ctypes.c_int(torch.get_num_threads()))
+    kernel = library[name]  # a function object of its own, unlike an attribute
+    kernel.argtypes = [*(ctypes.c_float if isinstance(a, float) else ctypes.c_int64 for a in args), ctypes.c_int]
+    kernel.restype = None
+    _KERNELS[name, len(args)] = kernel
+    return kernel
 
 
 class MixNorm(torch.autograd.Function):

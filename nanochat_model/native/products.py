@@ -6,9 +6,10 @@ In C a weight is rounded while it is packed, and a weight's gradient is added up
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,27 +20,32 @@ from nanochat_model.native.ops import SUFFIX, call
 
 MULTIPLE = 8  # of inputs and outputs, and the fewest tokens, that the C products take
 WORD_BYTES = 4
-PLAIN, RELU_SQUARE, RELU_SQUARE_BACKWARD = range(3)  # what follows a product, as in products.inc
+PLAIN, RELU_SQUARE, RELU_SQUARE_BACKWARD, ADD = range(4)  # what follows a product, as in products.inc
 
 
 def in_c(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether products of x (M, …) with these weights are done in C."""
-    return (
-        x.dtype == torch.bfloat16
-        and len(x) >= MULTIPLE
-        and x.stride(-1) == 1
-        and x.stride(0) % 2 == 0
-        and all(w.dtype == torch.float32 and w.shape[0] % MULTIPLE == w.shape[1] % MULTIPLE == 0 for w in weights)
-        and hasattr(kernels(), "product_rows")
-    )
+    if x.dtype != torch.bfloat16 or x.shape[0] < MULTIPLE or x.stride(-1) != 1 or x.stride(0) % 2 or not _has_products():
+        return False
+    for w in weights:
+        rows, columns = w.shape
+        if w.dtype != torch.float32 or rows % MULTIPLE or columns % MULTIPLE:
+            return False
+    return True
 
 
-def linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """x (M, in) times the transposed weights: (M, all outputs)."""
+@functools.cache
+def _has_products() -> bool:
+    return hasattr(kernels(), "product_rows")
+
+
+def linear(x: Tensor, weights: Sequence[Tensor], plus: Tensor | None = None) -> Tensor:
+    """x (M, in) times the transposed weights: (M, all outputs); with `plus` (M, all outputs) added."""
     if not in_c(x, weights):
-        return x @ _joint(weights, x.dtype).T
+        out = x @ _joint(weights, x.dtype).T
+        return out if plus is None else out.add_(plus)
     packed, num_out = packed_outputs(weights)
-    return product(x, packed, num_out)
+    return product(x, packed, num_out) if plus is None else product(x, packed, num_out, after=ADD, other=plus.contiguous())
 
 
 def linear_backward(g: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -85,36 +91,93 @@ def add_gradient(weight: Tensor, g: Tensor, x: Tensor, *, square: bool = False) 
     return made if made is None else made.to(weight.dtype)
 
 
+def add_gradients(weights: Sequence[Tensor], g: Tensor, x: Tensor) -> list[Tensor | None]:
+    """`add_gradient` of weights that read the same x, with their parts of g (M, all outputs). Gradients that lie one after the
+    other, as an optimizer's that stacks matrices do, are one matrix: x is then packed once."""
+    sizes = [w.shape[0] for w in weights]
+    total = _one_matrix([w.grad for w in weights])
+    if total is None:
+        return [add_gradient(w, part, x) for w, part in zip(weights, g.split(sizes, dim=-1), strict=True)]
+    accumulate_gradient(total, g, x)
+    return [None] * len(sizes)
+
+
+def _one_matrix(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The matrix whose rows these float32 matrices are, where they follow each other in one piece of memory."""
+    first = parts[0]
+    if first is None:
+        return None
+    rows, end = 0, first.data_ptr()
+    for t in parts:
+        if t is None or t.dtype != torch.float32 or not t.is_contiguous() or t.data_ptr() != end:
+            return None
+        if t.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        rows, end = rows + t.shape[0], end + t.numel() * t.element_size()
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
+
+
 def accumulate_gradient(total: Tensor, g: Tensor, x: Tensor, *, square: bool = False) -> None:
     """total (out, in) float32 += gᵀ x (with `square` gᵀ relu(x)²); g (M, out), x (M, in)."""
     if in_c(g, (total,)) and in_c(x, ()):
         num_out, num_in = total.shape
         scratch = _words(_gradient_scratch(num_out, num_in))
         at = (g.data_ptr(), x.data_ptr())
-        call("weight_gradient", total, *at, scratch, g.stride(0), x.stride(0), len(g), num_out, num_in, int(square))
+        call("weight_gradient", total, *at, scratch, g.stride(0), x.stride(0), g.shape[0], num_out, num_in, int(square))
         return
     part = g.T @ (relu_square(x) if square else x)
     call("accumulate" + SUFFIX[part.dtype], total, part, total.numel())
 
 
+@contextlib.contextmanager
+def weights_stay() -> Iterator[None]:
+    """Within it nothing may change a weight: packed weights are kept, and every micro-batch after the first uses them again."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
+_kept: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]] | None = None  # with the weights: a freed one's address is used again
+
+
 def packed_outputs(weights: Sequence[Tensor]) -> tuple[Tensor, int]:
     """The weights (C products only), packed for `x weightᵀ`, and their number of outputs."""
-    num_in, num_out = weights[0].shape[1], sum(len(w) for w in weights)
-    packed, at = _words(_packed_words(num_in, num_out)), 0
-    for w in weights:
-        call("pack_outputs", w, packed, len(w), num_in, at)
-        at += len(w)
-    return packed, num_out
+    num_in, num_out = weights[0].shape[1], sum([w.shape[0] for w in weights])
+
+    def pack() -> Tensor:
+        packed, at = _words(_packed_words(num_in, num_out)), 0
+        for w in weights:
+            call("pack_outputs", w, packed, w.shape[0], num_in, at)
+            at += w.shape[0]
+        return packed
+
+    return _keep(0, weights, pack), num_out
 
 
 def packed_inputs(weights: Sequence[Tensor]) -> Tensor:
     """The weights (C products only), packed for `g weight`."""
-    num_in, num_out = weights[0].shape[1], sum(len(w) for w in weights)
-    packed, at = _words(_packed_words(num_out, num_in)), 0
-    for w in weights:
-        call("pack_inputs", w, packed, len(w), num_in, num_out, at)
-        at += len(w)
-    return packed
+
+    def pack() -> Tensor:
+        num_in, num_out = weights[0].shape[1], sum([w.shape[0] for w in weights])
+        packed, at = _words(_packed_words(num_out, num_in)), 0
+        for w in weights:
+            call("pack_inputs", w, packed, w.shape[0], num_in, num_out, at)
+            at += w.shape[0]
+        return packed
+
+    return _keep(1, weights, pack)
+
+
+def _keep(way: int, weights: Sequence[Tensor], pack: Callable[[], Tensor]) -> Tensor:
+    if _kept is None:
+        return pack()
+    key = (way, *[w.data_ptr() for w in weights])
+    if key not in _kept:
+        _kept[key] = (weights, pack())
+    return _kept[key][1]
 
 
 def product(

@@ -109,7 +109,7 @@ def test_finds_where_values_stop_being_finite(session: Session, name: str, value
 def test_finds_a_gradient_that_overflows(session: Session) -> None:
     """Finite forward, non-finite backward: the weight that the backward pass reaches first is named."""
     mlp = session.model.transformer["h"][1].mlp
-    mlp.register_full_backward_hook(lambda module, grad_input, grad_output: (grad_input[0] * math.nan,))
+    mlp.register_full_backward_hook(lambda module, grad_input, grad_output: (grad_input[0] * math.nan, *grad_input[1:]))
     found = diagnostics.locate_non_finite(session.stepper, session.batch(0))
     assert found == "the gradient of transformer.h.1.attn.c_proj.weight"
     assert all(not p.grad.any() for p in session.model.parameters() if p.grad is not None), "gradients are left at zero"

@@ -331,6 +331,7 @@ def test_products_of_linear_layers(dtype, tokens, outputs, inputs):
     x = torch.randn(tokens, inputs + 6).to(dtype)[:, :inputs]  # rows that lie apart, as views of wider ones do
     g, hidden = torch.randn(tokens, len(joint)).to(dtype), torch.randn(tokens, inputs).to(dtype)
     close(products.linear(x, weights), x.double() @ joint.T, dtype, "linear")
+    close(products.linear(x, weights, plus=g), x.double() @ joint.T + g.double(), dtype, "linear with a term added")
     close(products.linear_backward(g, weights), g.double() @ joint, dtype, "its input's gradient")
     found, active = products.hidden_and_square(x, weights[0])
     expected = (x.double() @ joint.T)[:, : outputs[0]]
@@ -346,6 +347,36 @@ def test_products_of_linear_layers(dtype, tokens, outputs, inputs):
         total = torch.ones(len(joint), inputs)
         products.accumulate_gradient(total, g, x, square=square)
         close(total - 1, g.double().T @ (x.double().relu().square() if square else x.double()), dtype, f"gradient, square {square}")
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_gradients_of_weights_that_read_the_same_input(dtype, order):
+    """In one piece where they lie one after the other, and apart otherwise: the same sums."""
+    torch.manual_seed(0)
+    x, g, held = torch.randn(40, 24).to(dtype), torch.randn(40, 48).to(dtype), torch.ones(3, 16, 24)
+    weights = [torch.nn.Parameter(torch.randn(16, 24)) for _ in order]
+    for w, at in zip(weights, order, strict=True):
+        w.grad = held[at]
+    assert (products._one_matrix([w.grad for w in weights]) is not None) == (order == (0, 1, 2))
+    assert products.add_gradients(weights, g, x) == [None] * 3
+    close(torch.cat([w.grad for w in weights]) - 1, g.double().T @ x.double(), dtype)
+
+
+@pytest.mark.skipif(not hasattr(build.kernels(), "product_rows"), reason="no AVX512-BF16 here")
+def test_packed_weights_are_kept_only_while_they_stay():
+    torch.manual_seed(0)
+    weight, x, g = torch.randn(16, 8), torch.randn(8, 8).bfloat16(), torch.randn(8, 16).bfloat16()
+    with products.weights_stay():
+        first = products.linear(x, [weight]), products.linear_backward(g, [weight])
+        again = products.linear(x, [weight]), products.linear_backward(g, [weight])
+    assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
+    weight.data.neg_()  # unseen by torch's version counter, as the optimizer's own kernels are
+    with products.weights_stay():
+        assert torch.equal(products.linear(x, [weight]), -first[0])
+    weight.data.neg_()
+    assert torch.equal(products.linear_backward(g, [weight]), first[1])
 
 
 @pytest.mark.skipif(not hasattr(build.kernels(), "product_rows"), reason="no AVX512-BF16 here")
