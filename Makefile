@@ -6,8 +6,6 @@ STAMP := $(VENV)/.installed
 ifeq ($(strip $(HOME)),)
 export HOME := /tmp
 endif
-# One thread a process is what trials get; libraries must not start more behind our back in the tests.
-TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 RAY_DEDUP_LOGS=0
 # Whole files are dealt out to two processes, so that the tests of a file share its Ray cluster. 0: all tests in one process.
 TEST_PROCESSES ?= 2
 
@@ -32,7 +30,7 @@ demo: venv
 	@$(BIN)/nanoladder demo
 
 test: venv
-	@$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TESTS)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: venv
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

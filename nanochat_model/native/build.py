@@ -6,7 +6,9 @@ load it in a millisecond. It must be loaded after torch: its OpenMP runtime is t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -61,12 +63,16 @@ def _library(compiler: str) -> Path:
     path = folder / f"kernels-{digest}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, path)
+        with (folder / "lock").open("w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks: every process compiles for itself
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():  # nobody did while this process waited
+                _compile(compiler, path)
     return path
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Compile into a temporary file and move it into place, so that several processes may do so at once."""
+    """Compile into a temporary file and move it into place: nobody ever loads a part."""
     message = ""
     for machine in MACHINE_FLAGS:
         fd, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")

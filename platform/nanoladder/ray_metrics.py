@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,7 @@ class RayMetrics(Callback):
 
     def _set(self, name: str, value: float | None, *, every_rank: bool = False) -> None:
         if self._rank is None:
-            from nanochat_model.distributed import current_ranks
-
-            self._rank = current_ranks().rank
+            self._rank = own_rank()
         if value is not None and math.isfinite(value) and (every_rank or self._rank == 0):
             _gauges()[name].set(float(value), tags={**self._names, "rank": str(self._rank)})
 
@@ -69,10 +68,19 @@ def plain(name: str) -> str:
     return name.replace(" · ", " | ").encode("ascii", "replace").decode("ascii")
 
 
-def memory_bytes() -> float:
-    import torch
+def own_rank() -> int:
+    """This process's rank; 0 in one that trains without torch, whose import takes seconds."""
+    if "torch" not in sys.modules:
+        return 0
+    from nanochat_model.distributed import current_ranks
 
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    return current_ranks().rank
+
+
+def memory_bytes() -> float:
+    """Peak bytes of this process on its GPU; without one, what it holds now (NaN where the system does not say)."""
+    torch = sys.modules.get("torch")  # what has not imported it holds no memory of a GPU
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated())
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])

@@ -7,6 +7,7 @@ itself would have every worker talk to the tracking server, which the driver alo
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -54,9 +55,8 @@ class SystemUse(Callback):
 def gpu_use() -> dict[str, float]:
     """Memory of this process's GPU, all its users together, and its utilization where the driver's Python package is there
     (nvidia-ml-py, amdsmi); nothing without a GPU."""
-    import torch
-
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    torch = sys.modules.get("torch")  # what has not imported it uses no GPU
+    if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return {}
     device = torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info(device)

@@ -62,7 +62,7 @@ class RayNodes:
             )  # fmt: skip
         self._started.append(process)
         # a sweep that starts before a node has joined plans without it
-        wait_for(lambda: b"Ray runtime started" in path.read_bytes(), 60)
+        wait_for(lambda: b"Ray runtime started" in path.read_bytes())
         return process.pid
 
     def kill(self, node: int) -> None:
@@ -118,8 +118,8 @@ def session_of(leader: int) -> list[int]:
     return found
 
 
-def wait_for(what: Callable[[], object], seconds: float = 240.0) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 240.0, *, every: float = 0.05) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.05)
+        time.sleep(every)

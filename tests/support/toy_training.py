@@ -6,12 +6,13 @@ folder, so that tests see what ran, where, how often, and whether it ended.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from nanochat_model.record import CurvePoint, RunRecord
 
 TRAIN = "toy_training:train"
 STEP_SECONDS_ENV = "TOY_STEP_SECONDS"  # of one of the ten steps
+HOLD = "hold"  # a file beside the runs folder
 MODEL = GPTConfig(depth=2, model_dim=32, num_heads=2, num_kv_heads=1, sequence_len=32, vocab_size=64, window_pattern="L")
 HORIZON = Horizon(num_steps=10)
 BAD_DECAY = 0.5  # above: the run fails
@@ -66,6 +68,7 @@ def train(
     started = time.time()
     for step in range(1, 11):
         time.sleep(float(os.environ.get(STEP_SECONDS_ENV, "0.005")))
+        hold(run_dir, config)
         tokens = config.batch_tokens * step
         seconds = time.time() - started
         info = StepInfo(
@@ -93,8 +96,27 @@ def train(
     return record
 
 
+def hold(run_dir: Path, config: TrainConfig) -> None:
+    """Stay here as long as `held` says."""
+    path = run_dir.parent.parent / HOLD
+    if path.exists():
+        note(run_dir, "held", config)
+        while path.exists():
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def held(root: Path) -> Iterator[Callable[[], dict[int, str]]]:
+    """While inside, the runs under a storage root stay in the middle: what it gives says which do, and in which processes."""
+    since = time.time()
+    (root / HOLD).touch()
+    yield lambda: {n["pid"]: n["run_id"] for n in notes(root, "held") if n["time"] >= since}
+    (root / HOLD).unlink()
+
+
 def note(run_dir: Path, what: str, config: TrainConfig) -> None:
-    line = json.dumps({"what": what, "run_id": run_id(config), "pid": os.getpid(), "time": time.time()})
+    facts = {"what": what, "run_id": run_id(config), "pid": os.getpid(), "time": time.time()}
+    line = json.dumps({**facts, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")})
     log = run_dir.parent.parent / "toy.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as f:
