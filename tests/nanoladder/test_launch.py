@@ -1,4 +1,4 @@
-"""A launch on Ray Train: a worker is killed, the run goes on by itself, and everybody who should know is told."""
+"""A launch on Ray Train: a rank runs out of memory, a worker is killed, the run goes on by itself, and who should know is told."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from launch_jobs import KILL_STEP, KILLED_ONCE
+from faulty_training import KILL_STEP, SMALL_AND_KILLED
 from rich.console import Console
-from tiny_run import tiny_config
+from tiny_run import RUNTIME, tiny_config
 from webhook_receiver import WebhookReceiver
 
 from nanochat_model.errors import ConfigError
 from nanochat_model.recipe import NANOCHAT
 from nanochat_model.record import RunRecord
+from nanochat_model.train import pretrain
 from nanoladder import live_run
 from nanoladder.launch import LaunchOptions, launch
 from nanoladder.laws_to_recipe import recipe_from_laws
@@ -53,18 +54,24 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
         patch.setattr(live_run, "Console", lambda **kw: Console(file=out, width=160))
         patch.setattr(live_run, "LOG_EVERY_SECONDS", 0.0)
         options = LaunchOptions(webhook=receiver.url, sample_every_steps=30)
-        verdict = launch(plan, workspace, options, progress=events.append, train_function=KILLED_ONCE)
+        verdict = launch(plan, workspace, options, progress=events.append, train_function=SMALL_AND_KILLED)
         return Launched(plan, workspace, verdict, events, receiver.got, out.getvalue())
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_the_run_goes_on_from_its_checkpoint(launched: Launched) -> None:
+def test_a_run_outlives_a_rank_without_memory_and_a_killed_worker(launched: Launched, tmp_path: Path) -> None:
     record = RunRecord.load(launched.workspace.run_dir(launched.verdict["run_id"]))
-    assert record.status == "complete" and launched.verdict["status"] == "complete"
+    alone = pretrain(launched.plan.config, RUNTIME, run_dir=tmp_path)
+    assert record.status == "complete" and record.val_bpb == pytest.approx(alone.val_bpb, rel=1e-4)
     starts = [e["step"] for e in launched.events if e["event"] == "start"]
-    assert starts == [0, KILL_STEP], "from the checkpoint, not from the beginning"
-    assert launched.verdict["measured"] == record.val_bpb
-    assert json.loads((launched.workspace.run_dir(record.run_id) / "verdict.json").read_text())["text"] == launched.verdict["text"]
+    assert starts == [0, 0, KILL_STEP], "memory ran out at once; the kill cost no step"
+    assert record.micro_batch_rows == 2 and len(record.out_of_memory) == 1
+    assert [p.step for p in record.curve] == [20, 40, 60] and [e["event"] for e in launched.events].count("eval") == 3
+    assert (record.num_devices, record.backend, record.stage) == (2, "train", "production")
+    folder = launched.workspace.run_dir(record.run_id)
+    assert list((folder / "checkpoints").glob("step_*")), "a production run keeps its checkpoints"
+    assert launched.verdict["status"] == "complete" and launched.verdict["measured"] == record.val_bpb
+    assert json.loads((folder / "verdict.json").read_text())["text"] == launched.verdict["text"]
 
 
 @pytest.mark.slow
@@ -91,7 +98,7 @@ def test_terminal_webhook_and_mlflow_are_told(launched: Launched) -> None:
     runs = client.search_runs([experiment.experiment_id], f"tags.`nanoladder.run_id` = '{launched.verdict['run_id']}'")
     assert len(runs) == 1 and runs[0].info.status == "FINISHED"
     tags = runs[0].data.tags
-    assert "restarted at step 20" in tags["nanoladder.alert"] and "restarted 1" in tags["nanoladder.alerts"]
+    assert tags["nanoladder.alert"] == launched.verdict["alerts"][-1] and "restarted 2" in tags["nanoladder.alerts"]
     assert tags["nanoladder.verdict"] == launched.verdict["text"]
     assert runs[0].data.metrics["val_bpb"] == pytest.approx(launched.verdict["measured"])
 

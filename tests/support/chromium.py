@@ -18,7 +18,7 @@ FLAGS = (
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-port=0",
     "--remote-allow-origins=*",
 )  # fmt: skip
-START_SECONDS = 30.0
+START_SECONDS = 120.0
 
 
 def find_chromium() -> str | None:

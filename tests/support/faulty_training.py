@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nanochat_model.record import RunRecord
 from nanochat_model.train import pretrain
 
 SMALL_AND_KILLED = "faulty_training:train"
-MAX_ROWS = 2  # of the second rank's device
+MAX_ROWS = 2  # of the second rank's device, which is given twice as many
 KILL_STEP = 20
 
 
@@ -45,4 +46,5 @@ def train(
         return real(self, inputs, *args, **kwargs)
 
     GPT.loss = loss  # type: ignore[method-assign]  # in a worker's process, which ends with the run
+    runtime = replace(runtime, checkpoint_every_steps=10, micro_batch_rows=2 * MAX_ROWS, compile="off")
     return pretrain(config, runtime, run_dir=run_dir, callbacks=(*callbacks, KillOnce(Path(run_dir))), **labels)

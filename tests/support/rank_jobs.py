@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tiny_run import RUNTIME
 
-from nanochat_model import evaluate
+from nanochat_model import evaluate, runner
 from nanochat_model.callbacks import Callback, StepInfo, StopTraining
 from nanochat_model.config import TrainConfig
 from nanochat_model.distributed import current_ranks, on_main, process_group
@@ -23,9 +23,10 @@ from nanochat_model.loader import Loader
 from nanochat_model.loop import Stepper
 from nanochat_model.session import build_session
 from nanochat_model.sft import SFTConfig, sft
+from nanochat_model.step_times import FIRST_TIMED_STEP
 from nanochat_model.train import pretrain
 
-LAG_SECONDS = 0.1
+LAG_SECONDS = 0.5  # more than a busy machine makes any other rank wait
 
 
 class Losses(Callback):
@@ -50,12 +51,12 @@ def train(config: TrainConfig, run_dir: Path, *, stop_at: int = -1, **runtime: A
 
 
 def poisoned(config: TrainConfig, run_dir: Path, rank: int, last_rank: int, lasting: bool) -> dict[str, Any]:
-    """A non-finite loss on one rank only, once or from then on; that rank is also slow."""
+    """A non-finite loss on one rank only, once or from then on; that rank is also slow in the step that is timed."""
     real, count = Stepper.forward_backward, [0]
 
     def spoil(self: Stepper, batch: Any) -> torch.Tensor:
         count[0] += 1
-        time.sleep(LAG_SECONDS if rank == last_rank else 0.0)
+        time.sleep(LAG_SECONDS if rank == last_rank and count[0] == FIRST_TIMED_STEP else 0.0)
         bad = rank == last_rank and (count[0] >= 4 if lasting else count[0] == 4)
         if bad and lasting:
             with torch.no_grad():
@@ -68,6 +69,26 @@ def poisoned(config: TrainConfig, run_dir: Path, rank: int, last_rank: int, last
         return train(config, run_dir)
     finally:
         Stepper.forward_backward = real  # type: ignore[method-assign]
+
+
+def full_disk(config: TrainConfig, run_dir: Path) -> str:
+    """What every rank is told when rank 0 cannot write the checkpoint of step 4, and where the next attempt starts."""
+    real = runner.save_checkpoint
+
+    def fail(root: Path, state: Any, *args: Any, **options: Any) -> Path:
+        if state.step == 4:
+            raise OSError("no space left on device")
+        return real(root, state, *args, **options)
+
+    runner.save_checkpoint = fail  # type: ignore[assignment]
+    try:
+        train(config, run_dir, checkpoint_every_steps=2)
+    except OSError as e:
+        runner.save_checkpoint = real
+        return f"{e}; {len(train(config, run_dir)['losses'])} steps were left"
+    finally:
+        runner.save_checkpoint = real
+    return "nothing"
 
 
 def run_rank(environment: dict[str, str], config: TrainConfig, folder: Path) -> None:
@@ -88,7 +109,9 @@ def run_rank(environment: dict[str, str], config: TrainConfig, folder: Path) -> 
         results: dict[str, Any] = {"whole": train(config, folder / "whole", checkpoint_every_steps=6, diagnostics_every_steps=5)}
         results["fresh_bpb"] = fresh_bpb(config)
         results["tokens"] = [tokens[k] for k in range(config.num_steps)]
+        tokens.clear()
         results["resumed"] = train(config, folder / "resumed")  # from a checkpoint that another world size left there
+        results["resumed_tokens"] = dict(tokens)
         on_main(lambda: shutil.copytree(folder / "whole/checkpoints/step_000006", folder / "again/checkpoints/step_000006"))
         results["again"] = train(config, folder / "again")
         short = dataclasses.replace(config, num_steps=6)
@@ -96,6 +119,7 @@ def run_rank(environment: dict[str, str], config: TrainConfig, folder: Path) -> 
         results["lasting"] = poisoned(dataclasses.replace(config, num_steps=30), folder / "lasting", ranks.rank, last, lasting=True)
         results["stopped"] = train(config, folder / "stopped", stop_at=5 if ranks.rank == last else -1)
         results["sft"] = tune(folder)
+        results["full_disk"] = full_disk(short, folder / "full_disk")
         try:
             train(dataclasses.replace(config, batch_tokens=config.model.sequence_len), folder / "small")
         except ConfigError as e:
