@@ -13,6 +13,7 @@ from typing import Any
 
 import optuna
 import pytest
+from breaking_training import PAUSE_ENV
 from local_s3 import local_s3
 from ray_nodes import wait_for
 from tiny_run import tiny_shards
@@ -23,12 +24,14 @@ from nanoladder.cli import run
 from nanoladder.live_status import STATUS_FILE
 from nanoladder.status_view import read_statuses, render
 from nanoladder.stopping import PAUSED, StopRequest, StopWatch, request_stop
-from nanoladder.storage import local_folder
+from nanoladder.storage import Remote, local_folder
 from nanoladder.tracking import EXPERIMENT, connect
 from nanoladder.workspace import Workspace
 
+pytestmark = pytest.mark.seconds(60)
 SUPPORT = Path(__file__).parents[1] / "support"
-NUM_STEPS = 1200
+NUM_STEPS = 300
+STEP_SECONDS = 0.5  # until it is stopped: minutes, however fast the machine is
 SWEEP_FILE = f"""
 import sys
 sys.path.insert(0, {str(SUPPORT)!r})
@@ -44,7 +47,7 @@ SWEEP = Sweep(
     name="steered",
     question="?",
     stage="d2",
-    recipe=Recipe(eval=EvalConfig(num_tokens=2048, every_steps=400), compute_dtype="float32"),
+    recipe=Recipe(eval=EvalConfig(num_tokens=2048, every_steps=100), compute_dtype="float32"),
     cells=(Cell(model=MODEL, horizon=Horizon(num_steps={NUM_STEPS}), overrides={{"batch_tokens": 256}}),),
     space={{"optimizer.weight_decay": Grid([0.8, 0.9, 0.05])}},
     packing="keep_remainder",
@@ -68,9 +71,9 @@ class Driver:
         (folder / "steered.py").write_text(SWEEP_FILE)
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, step_seconds: float) -> subprocess.Popen[str]:
         env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "NANOLADDER_STORAGE")}
-        env |= {"PYTHONPATH": str(SUPPORT), "NANOLADDER_LOCAL": str(self.folder / "one")}
+        env |= {"PYTHONPATH": str(SUPPORT), "NANOLADDER_LOCAL": str(self.folder / "one"), PAUSE_ENV: str(step_seconds)}
         command = [sys.executable, "steered.py", "--storage", self.url, "--num-cpus", "1"]
         self.process = subprocess.Popen(
             command, cwd=self.folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -106,10 +109,10 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 @pytest.mark.timeout(400)
 def test_a_sweep_is_watched_stopped_and_goes_on(driver: Driver, capsys: pytest.CaptureFixture[str]) -> None:
     storage = ["--storage", driver.url]
-    process = driver.start()
+    process = driver.start(STEP_SECONDS)
     wait_for(lambda: list(driver.root.glob("runs/*/config.json")), 240)  # the third run trains, the others have failed
-    wait_for(lambda: read_statuses(Workspace(driver.url)))
-    wait_for(lambda: driver.status()["failed"] == 2 and driver.status()["running"])
+    wait_for(lambda: read_statuses(Workspace(driver.url)), every=0.5)
+    wait_for(lambda: (s := driver.status())["failed"] == 2 and s["running"], every=0.5)
 
     assert run(["status", "steered", *storage, "--price", "2", "--json"]) == 0
     (status,) = json.loads(capsys.readouterr().out)["sweeps"]
@@ -131,6 +134,7 @@ def test_a_sweep_is_watched_stopped_and_goes_on(driver: Driver, capsys: pytest.C
     assert [line.split()[0] for line in out.splitlines() if line.startswith("failed")] == ["failed"] * 4
     (paused,) = (r for r in Workspace(driver.root).records() if r.status == "stopped")
     latest = find_latest(driver.root / "runs" / paused.run_id / CHECKPOINTS_DIR)
+    assert [name for name in Remote(driver.url).listing() if CHECKPOINTS_DIR in name], "what is to go on is kept, here and there"
     assert paused.error == PAUSED and latest is not None and 0 < step_of(latest) < NUM_STEPS
 
     assert driver.told() == (["FAIL", "FAIL", "WAITING"], ["FAILED", "FAILED", "KILLED"]), "nobody believes that it runs"
@@ -138,14 +142,16 @@ def test_a_sweep_is_watched_stopped_and_goes_on(driver: Driver, capsys: pytest.C
     assert run(["stop", "steered", *storage]) == 2
     assert "nothing of steered is running: steered (stopped on request)" in capsys.readouterr().err
 
-    process = driver.start()
+    process = driver.start(0.0)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 1 and "3 runs, 2 failed" in out, out + err
     record = RunRecord.load(driver.root / "runs" / paused.run_id)
     assert (record.status, record.attempts) == ("complete", 1)
     assert driver.status()["state"] == "finished" and driver.status()["best"]["run_id"] == record.run_id
-    assert [p.step for p in record.curve] == [400, 800, 1200]
+    assert [p.step for p in record.curve] == [100, 200, 300]
     assert driver.told() == (["COMPLETE", "FAIL", "FAIL"], ["FAILED", "FAILED", "FINISHED"])
+    assert find_latest(driver.root / "runs" / paused.run_id / CHECKPOINTS_DIR) is None, "a finished trial keeps no checkpoint"
+    assert not [name for name in Remote(driver.url).listing() if CHECKPOINTS_DIR in name], "nor does the URL"
 
 
 def test_a_driver_that_died_is_told_from_one_that_lives(tmp_path: Path) -> None:
