@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 from ray_nodes import RayNodes, answers, free_port, session_of, wait_for
 from sweep_driver import Driver
+from toy_training import held
 
 from nanoladder.sync import sync
 from nanoladder.tracking import connect
 from nanoladder.workspace import Workspace
 
+pytestmark = pytest.mark.seconds(90)
 SUPPORT = Path(__file__).parents[1] / "support"
-STEP_SECONDS = 0.2  # ten of them a run
+STEP_SECONDS = 0.1  # ten of them a run
 
 
 class Tracker:
@@ -71,7 +73,7 @@ def test_a_sweep_survives_its_tracking_server_a_node_and_the_head(
 ) -> None:
     head = nodes.start_head()
     other = nodes.start_node()
-    driver = Driver(tmp_path, num_runs=9)
+    driver = Driver(tmp_path, num_runs=12)
     wait_for(lambda: answers(f"127.0.0.1:{tracker.port}"))
     process = driver.start(STEP_SECONDS, "--address", nodes.address, "--mlflow", tracker.uri, env=nodes.env)
     request.addfinalizer(lambda: process.poll() is None and os.killpg(process.pid, signal.SIGKILL))
@@ -84,27 +86,28 @@ def test_a_sweep_survives_its_tracking_server_a_node_and_the_head(
     wait_for(lambda: running() and len(driver.ended()) >= 1)
     tracker.kill()
 
-    # a node, with everything on it: what it trained is trained again on the other, in the same command
-    def on_other() -> set[str]:
-        return driver.training_runs(session_of(other))
+    ended = driver.ended()
+    wait_for(lambda: running() and driver.ended() > ended)
 
-    wait_for(lambda: running() and on_other())
-    lost = on_other()
-    nodes.kill(other)
-    lost -= driver.ended()
-    assert lost, "the node was killed in the middle of a run"
-    wait_for(lambda: running() and lost & driver.training_runs(driver.training()))
+    # a node, with everything on it: what it trained is trained again on the other, in the same command
+    with held(driver.root) as stuck:
+        wait_for(lambda: running() and stuck().keys() & set(session_of(other)))
+        lost = {stuck()[pid] for pid in stuck().keys() & set(session_of(other))}
+        nodes.kill(other)
+    wait_for(lambda: running() and lost & (driver.training_runs(driver.training()) | driver.ended()))
 
     # the head: the driver ends by itself, says so, and nobody trains on behind its back
-    nodes.kill(head)
-    out, err = process.communicate(timeout=120)
+    with held(driver.root) as stuck:
+        wait_for(lambda: running() and stuck())
+        nodes.kill(head)
+        out, err = process.communicate(timeout=240)
     assert process.returncode != 0
     assert "its process died" in out and "one more try" in out, out
-    wait_for(lambda: not driver.training(), 30)
+    wait_for(lambda: not driver.training())
     assert driver.ended() < driver.expected, "there is something left to do"
 
     # the same command, on a Ray of its own this time
-    process = driver.start(0.0, "--num-cpus", "2", "--mlflow", tracker.uri)
+    process = driver.start(0.0, "--num-cpus", "1", "--mlflow", tracker.uri)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
     assert "nanoladder sync" in err

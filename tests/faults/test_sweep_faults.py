@@ -19,6 +19,7 @@ from nanoladder.sweep_command import load_sweep
 from nanoladder.sync import sync
 from nanoladder.workspace import Workspace
 
+pytestmark = pytest.mark.seconds(60)
 STEP_SECONDS = 0.05  # ten of them a run
 
 

@@ -19,7 +19,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-START_SECONDS = 90.0
+START_SECONDS = 180.0
 LOOPBACK = "127.0.0.1"
 OTHER_PORTS = (
     "node-manager", "object-manager", "ray-client-server", "dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent",
