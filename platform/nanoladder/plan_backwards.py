@@ -107,5 +107,7 @@ def _flops_for_loss(target_bpb: float, allocation: Mapping[str, Any] | None) -> 
     flops = compute_for_loss(allocation, target_bpb)
     if flops is None:
         floor = allocation["frontier"]["E"]
+        if floor is None:
+            raise ConfigError(f"target_bpb {target_bpb}: the laws hold no frontier (too few budgets); ask by --flops or a budget")
         raise ConfigError(f"target_bpb {target_bpb} is not above the fitted floor E = {floor:.4f}; ask for a higher loss")
     return float(flops)

@@ -19,7 +19,7 @@ from nanochat_model.record import RunRecord
 from nanoladder.launch import launch_runtime
 from nanoladder.laws_to_recipe import recipe_from_laws
 from nanoladder.plan import make_plan
-from nanoladder.plan_backwards import Goal, solve_goal
+from nanoladder.plan_backwards import Goal, _flops_for_loss, solve_goal
 from nanoladder.plan_text import plan_sections
 from nanoladder.recipes import find_recipe, recipe_of_run, write_recipe
 from nanoladder.target import Target
@@ -186,6 +186,8 @@ def test_a_given_value_is_named_and_its_law_stops_nothing() -> None:
 def test_backwards_needs_what_it_needs() -> None:
     with pytest.raises(ConfigError, match="needs fitted laws"):
         solve(target_bpb=0.72)
+    with pytest.raises(ConfigError, match="no frontier"):
+        _flops_for_loss(0.72, {"predictor": None, "frontier": {"E": None}})
     with pytest.raises(ConfigError, match="needs a price"):
         solve_goal(Goal(budget_dollars=100), target=Target(), resolved=NO_LAWS, model_args={})
     with pytest.raises(ConfigError, match="2 goals are given"):
