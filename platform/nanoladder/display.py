@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from nanoladder.stages import Facts, Stage
@@ -31,7 +32,7 @@ class StageDisplay:
                 BarColumn(bar_width=24),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[detail]}", style="dim"),
+                TextColumn("{task.fields[detail]}", style="dim", markup=False),
                 console=self.console,
                 transient=True,
             )
@@ -51,11 +52,11 @@ class StageDisplay:
         return StageProgress(self, label, self.live.add_task(label, total=1.0, detail=""))
 
     def finish(self, stage: Stage, facts: Facts, seconds: float) -> None:
-        self._close(f"[green]✓[/] {self._label(stage)}  {facts.get('summary', '')}  [dim]{seconds:.1f} s[/]")
+        self._close(f"[green]✓[/] {self._label(stage)}  {_summary(facts)}  [dim]{seconds:.1f} s[/]")
 
     def skip(self, stage: Stage, facts: Facts) -> None:
         self.number += 1
-        self._close(f"[dim]✓ {self._label(stage)}  {facts.get('summary', '')}  (done before)[/]")
+        self._close(f"[dim]✓ {self._label(stage)}  {_summary(facts)}  (done before)[/]")
 
     def _close(self, line: str) -> None:
         if self.live:
@@ -64,7 +65,11 @@ class StageDisplay:
         self.console.print(line, soft_wrap=True)
 
     def _label(self, stage: Stage) -> str:
-        return f"{self.number:>2}/{self.num_stages} {stage.title}"
+        return f"{self.number:>2}/{self.num_stages} {escape(stage.title)}"
+
+
+def _summary(facts: Facts) -> str:
+    return escape(str(facts.get("summary", "")))  # a reply or a path may hold what reads like markup
 
 
 class StageProgress:
@@ -83,4 +88,4 @@ class StageProgress:
             live.update(self.task, completed=share, detail=text)
         elif time.monotonic() - self.logged_at > LOG_EVERY_SECONDS:
             self.logged_at = time.monotonic()
-            self.display.console.print(f"{self.label}  {share:4.0%}  {text}", soft_wrap=True)
+            self.display.console.print(f"{self.label}  {share:4.0%}  {escape(text)}", soft_wrap=True)

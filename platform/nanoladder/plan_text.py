@@ -128,6 +128,7 @@ def print_plan(plan: LaunchPlan) -> None:
     """The plan on stdout, then what stops or should worry."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -136,7 +137,7 @@ def print_plan(plan: LaunchPlan) -> None:
     for title, rows in plan_sections(plan):
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False, pad_edge=False)
         for name, value in rows:
-            table.add_row(name, value)
+            table.add_row(name, escape(value))  # a path may hold what reads like markup
         console.print(table)
     for line in plan.warnings:
         console.print(f"warning: {line}", soft_wrap=True, markup=False)

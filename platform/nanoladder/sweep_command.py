@@ -208,7 +208,7 @@ def _run_one(sweep: Sweep, workspace: Workspace, options: dict[str, Any]) -> int
         if sweep.adaptive is not None:
             from nanoladder.adaptive import execute_adaptive
 
-            records = execute_adaptive(sweep, workspace, say=lambda text: lines.print(text, soft_wrap=True), **options)
+            records = execute_adaptive(sweep, workspace, say=lambda text: lines.print(text, soft_wrap=True, markup=False), **options)
         else:
             records = execute_sweep(sweep, workspace, **options)
     return _summary(sweep, workspace, records)
@@ -255,6 +255,7 @@ def _print_fronts(sweep: Sweep, index: dict[str, Any], folder: Path) -> None:
 
 def _run_ladder(ladder: Ladder, workspace: Workspace, options: dict[str, Any]) -> int:
     from rich.console import Console
+    from rich.markup import escape
 
     from nanoladder.promote import PROMOTIONS_FILE, rank_correlations
     from nanoladder.terminal import TerminalLines, progress_bar
@@ -263,14 +264,14 @@ def _run_ladder(ladder: Ladder, workspace: Workspace, options: dict[str, Any]) -
     with progress_bar(console, ladder.name) as (lines, bar):
         promotions = execute_ladder(ladder, workspace, listeners=[TerminalLines(lines)], progress=bar, **options)
     for p in promotions:
-        console.print(f"[bold]{p.stage}[/] {p.change}: {p.reason}", soft_wrap=True)
-        console.print(f"  [dim]{p.summary}[/]", soft_wrap=True)
+        console.print(f"[bold]{escape(p.stage)}[/] {escape(p.change)}: {escape(p.reason)}", soft_wrap=True)
+        console.print(f"  [dim]{escape(p.summary)}[/]", soft_wrap=True)
     for row in (r for r in rank_correlations(promotions) if r["spearman"] is not None):
-        console.print(f"gains of {row['n']} candidates, {' → '.join(row['stages'])}: rank correlation {row['spearman']:+.2f}")
+        console.print(f"gains of {row['n']} candidates, {escape(' → '.join(row['stages']))}: rank correlation {row['spearman']:+.2f}")
     reached = {p.stage for p in promotions}
     for stage in ladder.stages:
         if stage.name not in reached:
-            console.print(f"[bold]{stage.name}[/] not reached: no candidate won the stage before", soft_wrap=True)
+            console.print(f"[bold]{escape(stage.name)}[/] not reached: no candidate won the stage before", soft_wrap=True)
     print(f"verdicts: {workspace.sweep_dir(ladder.name) / PROMOTIONS_FILE}")
     return 0
 

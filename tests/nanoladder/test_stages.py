@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from nanoladder.cli.common import print_table
+from nanoladder.display import StageDisplay
 from nanoladder.stages import Facts, Stage, run_stages
 
 
@@ -83,6 +86,19 @@ def test_interrupted_stage_runs_again_and_finished_ones_do_not(job: Job) -> None
         job.run()
     job.fail_at = ""
     assert job.run() == ["b", "c"]
+
+
+def test_what_reads_like_markup_is_shown_as_it_is(capsys) -> None:
+    stage = Stage(name="s", title="talk [b]", run=lambda facts, progress: {})
+    with StageDisplay(1, Console(force_terminal=False, width=200)) as display:
+        display.start(stage).update(1, 1)
+        display.finish(stage, {"summary": "it said [/x] and [red]"}, 1.0)
+        display.skip(stage, {"summary": "[/y]"})
+    out = capsys.readouterr().out
+    assert "talk [b]" in out and "it said [/x] and [red]" in out and "[/y]" in out
+    print_table(("a",), [("[/z]",)], title="[/t]")
+    out = capsys.readouterr().out
+    assert "[/z]" in out and "[/t]" in out
 
 
 def test_torn_stage_file_counts_as_not_done(job: Job) -> None:

@@ -57,13 +57,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     """A plain table on stdout; `right` names the columns to align right."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console = Console()
     if not console.is_terminal:  # a pipe has no width: do not cut what somebody greps
         console = Console(width=240)
