@@ -19,7 +19,7 @@ from nanoladder.laws_to_recipe import LAW_NAMES, LawRecipe, recipe_from_laws
 from nanoladder.recipes import RECIPE_FILE, write_recipe
 from nanoladder.stages import Facts, Progress
 from nanoladder.sweep import Sweep
-from nanoladder.workspace import Workspace
+from nanoladder.workspace import Workspace, record_sweeps
 
 if TYPE_CHECKING:
     from analysis.laws import Laws
@@ -145,8 +145,3 @@ class DemoStages:
         """Sizes (by field name) and the recipe, as plain data for a stage's key."""
         sizes = asdict(self.size)
         return {**{name: sizes[name] for name in names}, "recipe": asdict(DEMO_RECIPE)}
-
-
-def record_sweeps(record: RunRecord) -> list[str]:
-    """The sweeps that a run belongs to: one run may serve several."""
-    return [s for s in record.tags.get("sweeps", record.sweep).split(",") if s]

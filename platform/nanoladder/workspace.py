@@ -132,6 +132,11 @@ def read_records(paths: Iterable[Path], *, sweep: str = "") -> tuple[list[RunRec
         except ConfigError as e:
             broken.append(str(e))
         else:
-            if not sweep or record.sweep == sweep:
+            if not sweep or sweep in record_sweeps(record):
                 records.append(record)
     return sorted(records, key=lambda r: (r.started_at, r.run_id)), broken
+
+
+def record_sweeps(record: RunRecord) -> list[str]:
+    """The sweeps that a run belongs to: one run may serve several."""
+    return [s for s in record.tags.get("sweeps", record.sweep).split(",") if s]

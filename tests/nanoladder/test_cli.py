@@ -163,6 +163,13 @@ def test_runs_lists_records_and_names_broken_ones(tmp_path: Path, capsys) -> Non
     assert run(["runs", "--storage", str(tmp_path), "--sort", "bpb"]) == 2
 
 
+def test_runs_of_a_sweep_hold_those_that_it_shares_with_another(tmp_path: Path, capsys) -> None:
+    for record in (make_record(0), replace(make_record(1), tags={"sweeps": "s,other"})):
+        record.save(tmp_path / "runs" / record.run_id)
+    assert run(["runs", "--storage", str(tmp_path), "--sweep", "other", "--json"]) == 0
+    assert [r["val_bpb"] for r in json.loads(capsys.readouterr().out)["runs"]] == [0.91]
+
+
 def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys) -> None:
     from nanoladder.cli import count
 
