@@ -161,6 +161,7 @@ def test_runs_lists_records_and_names_broken_ones(tmp_path: Path, capsys) -> Non
     out = capsys.readouterr().out
     assert all(text in out for text in ("10%", "60%", "30%", "1 (+50%)", "2.5 s")), out
     assert run(["runs", "--storage", str(tmp_path), "--sort", "bpb"]) == 2
+    assert run(["runs", "--storage", str(tmp_path), "--sort", "step_seconds"]) == 2
 
 
 def test_runs_of_a_sweep_hold_those_that_it_shares_with_another(tmp_path: Path, capsys) -> None:

@@ -199,4 +199,6 @@ def _sort_key(row: dict[str, Any], column: str) -> tuple[bool, Any]:
     if column not in row:
         raise ConfigError(f"cannot sort by {column!r}; columns: {', '.join(k for k in row if k != 'tags')}")
     value = row[column]
+    if isinstance(value, dict):
+        raise ConfigError(f"cannot sort by {column!r}: it holds several values; take another column")
     return (value is None, value if value is not None else 0)
