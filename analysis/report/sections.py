@@ -301,7 +301,8 @@ def production_table(production: Facts, loss_name: str) -> Html:
         [f"Measured {loss_name}", fmt.loss(production.get("measured")) if production.get("measured") is not None else "not yet"],
     ]
     if fmt.is_number(production.get("error")):
-        where = "inside the interval" if production["inside"] else "outside the interval"
+        places = {True: "inside the interval", False: "outside the interval", None: "no interval could be given"}
+        where = places[production["inside"]]
         rows.append(["Measured − predicted", f"{fmt.percent(production['error'], 2, True)}, {where}"])
     if fmt.is_number(production.get("seconds")):
         rows.append(["Training time", fmt.duration(production["seconds"])])

@@ -21,6 +21,7 @@ from analysis.laws import Laws, fit_laws
 from analysis.report import report_facts, to_markdown
 from analysis.report.figures import build_figures
 from analysis.report.html import CONTENTS, render
+from analysis.report.sections import production_table
 from analysis.report.write import drawn_runs
 from analysis.table import RunTable, load_csv
 
@@ -103,6 +104,8 @@ def test_production_is_compared_with_what_was_promised(demo: tuple[Laws, RunTabl
     assert inside["inside"] is True and "inside the interval" in inside["text"]
     assert outside["inside"] is False and "outside the interval" in outside["text"]
     assert outside["error"] == pytest.approx(1.70 / 1.62 - 1)
+    unknown = report_facts(laws, table, production(measured=1.63) | {"low": None, "high": None})["production"]
+    assert unknown["inside"] is None and "%, no interval could be given" in str(production_table(unknown, "loss"))
     waiting = report_facts(laws, table, production(measured=None))["production"]
     assert "error" not in waiting and "not ended" in waiting["text"]
 
