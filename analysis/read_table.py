@@ -9,6 +9,7 @@ import codecs
 import gzip
 import io
 import re
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def read_table(path: Path) -> pd.DataFrame:
         raise
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: not a text in UTF-8 (byte {e.start}); save the table as CSV in UTF-8, or as parquet") from None
-    except (ValueError, OSError, EOFError) as e:  # pandas and pyarrow parse errors are ValueErrors
+    except (ValueError, OSError, EOFError, zlib.error) as e:  # pandas and pyarrow parse errors are ValueErrors
         raise DataError(f"{path}: cannot be read as a table ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
     if frame.empty:
         raise DataError(f"{path}: the table has no rows")

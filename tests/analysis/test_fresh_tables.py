@@ -136,6 +136,7 @@ def test_columns_named_in_another_spelling_and_units_that_do_not_fit(tmp_path):
         (bytes(range(256)), ".csv", "not a text in UTF-8"),
         (b"{}", ".json", "save the table as CSV or parquet"),
         (b"hello", ".parquet", "cannot be read as a table"),
+        (gzip.compress(PLAIN)[:10] + b"\xff" * 20, ".gz", "cannot be read as a table"),
         (b"N,D,L\n1,2,3\n1,2,3,4,5,6\n", ".csv", "cannot be read as a table"),
         (b"N,tokns,L\n1,2,3\n", ".csv", "no column for the training tokens D"),
     ],
