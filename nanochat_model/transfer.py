@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,7 +33,7 @@ Report = Callable[[int], None]  # bytes that arrived; negative: bytes that are t
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    """A file to fetch and what is known of it. `name`: its path below the folder it goes to."""
+    """A file to fetch and what is known of it. `name`: its path below the folder it goes to; ConfigError for one that leaves it."""
 
     name: str
     url: str
@@ -41,6 +41,11 @@ class RemoteFile:
     sha256: str | None = None
     git_sha1: str | None = None  # of git's blob, where a file is small enough to lie in git itself
     etag: str | None = None
+
+    def __post_init__(self) -> None:
+        path = PurePosixPath(self.name)  # a server names it
+        if path.is_absolute() or ".." in path.parts:
+            raise ConfigError(f"{self.url}: file name {self.name!r} leaves the folder of the download; use another server")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from nanochat_model.mixture import parse_sources
 from nanochat_model.tasks.catalog import CHAT_TASKS, source_files, task_problems
 from nanochat_model.tasks.catalog import DATASETS as TASK_DATASETS
 from nanochat_model.tasks.files import count_rows
-from nanochat_model.transfer import Patience, fetch_one
+from nanochat_model.transfer import Patience, RemoteFile, fetch_one
 from nanoladder.cli import run
 from nanoladder.download import State, dataset_folder, download, find_source, stored_revision, text_bytes
 from nanoladder.shards_needed import bytes_for_depth, bytes_for_plan, fetch_needed, files_needed
@@ -175,6 +175,12 @@ def test_plain_addresses_with_a_checksum(hub: FaultyHub, tmp_path: Path) -> None
     assert fetch_one(right, tmp_path / "one.parquet", patience=QUICK).read_bytes() == data
     with pytest.raises(ConfigError, match=r"two addresses end in 'shard_00000.parquet'"):
         find_source(f"{url} {right}")
+
+
+@pytest.mark.parametrize("name", ["../x.parquet", "a/../../x.parquet", "/x.parquet"])
+def test_a_file_cannot_leave_its_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match="leaves the folder"):
+        RemoteFile(name=name, url="http://hub/x")
 
 
 def test_what_no_patience_mends_is_one_clear_line(hub: FaultyHub, tmp_path: Path) -> None:
