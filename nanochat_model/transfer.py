@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from nanochat_model.identity import write_atomic
 PART, PART_FACTS = ".part", ".part.json"
 CHUNK_BYTES = 1 << 20
 ASK_TRIES = 5
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)
 Report = Callable[[int], None]  # bytes that arrived; negative: bytes that are thrown away
 
@@ -235,6 +237,8 @@ def _one_request(file: RemoteFile, part: Path, have: int, line: Line, report: Re
             announced = response.headers.get("Content-Length")
             total = offset + int(announced) if announced else None
     except (httpx.TransportError, OSError) as e:
+        if isinstance(e, OSError) and e.errno in DISK_ERRORS:
+            raise ConfigError(f"{part}: {e.strerror}; make room and start this again, what arrived is kept") from None
         line.cut()
         return False, f"the connection broke ({type(e).__name__})", None
     size = part.stat().st_size

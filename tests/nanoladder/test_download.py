@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from nanochat_model.mixture import parse_sources
 from nanochat_model.tasks.catalog import CHAT_TASKS, source_files, task_problems
 from nanochat_model.tasks.catalog import DATASETS as TASK_DATASETS
 from nanochat_model.tasks.files import count_rows
-from nanochat_model.transfer import Patience, RemoteFile, fetch_one
+from nanochat_model.transfer import Line, Patience, RemoteFile, fetch, fetch_one, url_file
 from nanoladder.cli import run
 from nanoladder.download import State, dataset_folder, download, find_source, stored_revision, text_bytes
 from nanoladder.shards_needed import bytes_for_depth, bytes_for_plan, fetch_needed, files_needed
@@ -181,6 +182,15 @@ def test_plain_addresses_with_a_checksum(hub: FaultyHub, tmp_path: Path) -> None
 def test_a_file_cannot_leave_its_folder(name: str) -> None:
     with pytest.raises(ConfigError, match="leaves the folder"):
         RemoteFile(name=name, url="http://hub/x")
+
+
+def test_a_full_disk_is_no_broken_connection(hub: FaultyHub, tmp_path: Path) -> None:
+    def full(num_bytes: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = url_file(f"{hub.endpoint}/datasets/{DATASET}/resolve/main/shard_00000.parquet")
+    with pytest.raises(ConfigError, match="No space left"):
+        fetch(file, tmp_path, Line(patience=QUICK), full)
 
 
 def test_what_no_patience_mends_is_one_clear_line(hub: FaultyHub, tmp_path: Path) -> None:
