@@ -112,8 +112,11 @@ class MirrorHandler(BaseHTTPRequestHandler):
         return True
 
     def tree(self, dataset: str, query: dict[str, list[str]]) -> None:
-        files, size = self.server.files(dataset), self.server.page_files
-        start = int(query.get("cursor", ["0"])[0])
+        files, size, cursor = self.server.files(dataset), self.server.page_files, query.get("cursor", ["0"])[0]
+        if not cursor.isdecimal():
+            self.refuse(HTTPStatus.BAD_REQUEST)
+            return
+        start = int(cursor)
         page = [
             {
                 "type": "file", "path": f["path"], "size": f["size"], "oid": f["sha256"][:40],

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from faulty_hub import DATASET, FaultyHub, write_dataset
+from huggingface_hub import get_session
 from task_files import arc_rows, gsm8k_rows, humaneval_rows, mmlu_rows, smoltalk_rows, write_parquet
 
 from nanochat_model.errors import ConfigError
@@ -191,6 +192,10 @@ def test_a_full_disk_is_no_broken_connection(hub: FaultyHub, tmp_path: Path) -> 
     file = url_file(f"{hub.endpoint}/datasets/{DATASET}/resolve/main/shard_00000.parquet")
     with pytest.raises(ConfigError, match="No space left"):
         fetch(file, tmp_path, Line(patience=QUICK), full)
+
+
+def test_pages_of_a_mirror_begin_at_a_number(hub: FaultyHub) -> None:
+    assert get_session().get(f"{hub.endpoint}/api/datasets/{DATASET}/tree/main?cursor=x").status_code == 400
 
 
 def test_what_no_patience_mends_is_one_clear_line(hub: FaultyHub, tmp_path: Path) -> None:
