@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from nanochat_model.artifacts import build_folder
 from nanochat_model.distributed import on_main
 from nanochat_model.errors import ConfigError
+from nanochat_model.identity import content_hash
 from nanochat_model.transfer import fetch_one
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # nanochat's copy of DCLM's files
@@ -72,17 +74,21 @@ def _folder_with_tasks(path: Path) -> Path:
 
 def _unpack(archive: Path) -> Path:
     target = archive.with_suffix("")
-    if not target.is_dir():
-        partial = archive.with_suffix(f".unpacking-{os.getpid()}")
-        with zipfile.ZipFile(archive) as z:
-            z.extractall(partial)
-        partial.rename(target)
-    return _folder_with_tasks(target)
+
+    def extract(work: Path) -> None:
+        try:
+            with zipfile.ZipFile(archive) as z:
+                z.extractall(work)
+        except (zipfile.BadZipFile, EOFError) as e:
+            raise ConfigError(f"{archive}: not a whole zip file ({e}); remove it and fetch the CORE bundle again") from None
+
+    unpacked = build_folder(target, "zip", existing=lambda: target if target.is_dir() else None, build=extract)
+    return _folder_with_tasks(unpacked)
 
 
 def _download(url: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanoladder"
-    target = cache / url.rsplit("/", 1)[-1]
+    target = cache / f"core-{content_hash(url)[:8]}" / "bundle.zip"  # addresses may share a file name
     return fetch_one(url, target)
 
 

@@ -161,6 +161,13 @@ def test_a_zip_and_a_limit(bundle: Path, tmp_path: Path) -> None:
     tasks = load_bundle(str(archive), max_per_task=4)
     assert [len(t.examples) for t in tasks] == [4, 4, 4]
     assert tasks[1].examples == load_bundle(str(bundle))[1].examples[:4]
+    torn = tmp_path / "torn.zip"
+    data = bytearray(archive.read_bytes())
+    data[40] ^= 0xFF  # in the first file's name: the directory at the end is whole
+    torn.write_bytes(data)
+    with pytest.raises(ConfigError, match="not a whole zip file"):
+        load_bundle(str(torn))
+    assert not (tmp_path / "torn").exists()
 
 
 def test_broken_bundles_are_named(bundle: Path, tmp_path: Path) -> None:
