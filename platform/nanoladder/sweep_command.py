@@ -45,7 +45,11 @@ def run_sweep(sweep: Sweep | Ladder | SFTSweep, argv: Sequence[str] | None = Non
     """
     try:
         status = _run(sweep, list(sys.argv[1:] if argv is None else argv))
-    except ConfigError as e:
+    except ValueError as e:
+        from nanoladder.cli import is_user_error
+
+        if not is_user_error(e):
+            raise
         print(f"error: {e}", file=sys.stderr)
         status = 2
     except SweepStopped as e:
