@@ -176,8 +176,9 @@ class Observer:
             self.tell(alert)
 
     def tell(self, alert: Alert) -> None:
-        self.alerts.append(alert)
-        write_atomic(self._alerts_path, json.dumps([asdict(a) for a in self.alerts], indent=1))
+        with self._lock:  # events and the clock both find alerts, each in a thread of its own
+            self.alerts.append(alert)
+            write_atomic(self._alerts_path, json.dumps([asdict(a) for a in self.alerts], indent=1))
         if self.live is not None:
             self.live.alert(alert)
         if self._progress is not None:
