@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from typing import TypedDict
 
@@ -19,15 +20,19 @@ class MlflowPage(TypedDict, total=False):
 
 
 def local_page(workspace: Workspace) -> MlflowPage:
-    """The experiment's page on `mlflow ui` and the store to serve it from; empty where the root has no MLflow database.
+    """The experiment's page on `mlflow ui` and the store to serve it from; empty where the root has no MLflow database, or one
+    that holds no experiment of ours.
 
     Read with sqlite3: importing MLflow takes seconds.
     """
     path = workspace.root / "mlflow.db"
     if not path.exists():
         return {}
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
-        found = db.execute("select experiment_id from experiments where name = ?", (EXPERIMENT,)).fetchone()
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:  # the URI quotes what a path may hold
+        try:
+            found = db.execute("select experiment_id from experiments where name = ?", (EXPERIMENT,)).fetchone()
+        except sqlite3.DatabaseError:  # MLflow was ended before its tables were made
+            return {}
     if found is None:
         return {}
     return {"mlflow_uri": f"{LOCAL_SERVER}/#/experiments/{found[0]}", "mlflow_store": workspace.mlflow_uri}

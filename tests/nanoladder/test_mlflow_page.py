@@ -10,9 +10,12 @@ from nanoladder.workspace import Workspace
 
 
 def test_the_page_is_that_of_our_experiment(tmp_path):
+    tmp_path /= "50% of a #root?"
+    tmp_path.mkdir()
     root = Workspace(tmp_path)
     assert local_page(root) == {}
     with sqlite3.connect(tmp_path / "mlflow.db") as db:
+        assert local_page(root) == {}
         db.execute("create table experiments (experiment_id integer, name text)")
         assert local_page(root) == {}
         db.executemany("insert into experiments values (?, ?)", [(0, "Default"), (7, "nanoladder")])
