@@ -313,13 +313,13 @@ def _do_not_wait_for_the_disk(client: Any) -> None:
     import sqlalchemy
 
     engine = client._tracking_client.store.engine
-
-    def relax(connection: Any, _: Any) -> None:
-        connection.execute("PRAGMA synchronous=OFF")
-
-    if not sqlalchemy.event.contains(engine, "connect", relax):
-        sqlalchemy.event.listen(engine, "connect", relax)
+    if not sqlalchemy.event.contains(engine, "connect", _relax):  # MLflow shares the engines of one process
+        sqlalchemy.event.listen(engine, "connect", _relax)
         engine.dispose()  # connections that are open already are opened anew
+
+
+def _relax(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA synchronous=OFF")
 
 
 def find_or_create_experiment(client: Any, artifacts: Path) -> str:
