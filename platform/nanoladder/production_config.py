@@ -126,6 +126,8 @@ def read_production(path: str | Path, overrides: Mapping[str, str] | None = None
         plain = tomllib.loads(Path(path).read_text(encoding="utf8"))
     except FileNotFoundError:
         raise ConfigError(f"no production file {path}; the repository's production/ folder has some to start from") from None
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror}); give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: not valid TOML ({e})") from None
     known = dotted_keys(ProductionConfig())

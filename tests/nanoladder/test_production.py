@@ -142,6 +142,8 @@ def test_what_later_stages_need_is_asked_for_first(tmp_path: Path) -> None:
 
 
 def test_wrong_files_and_overrides_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_production(tmp_path)
     path = tmp_path / "p.toml"
     path.write_text("[model]\ndepth = 3\n")
     config = read_production(path, {"sft.num_epochs": "2", "pretraining.overrides.eval.num_tokens": "4096", "data.dataset": "a/b"})
