@@ -24,6 +24,7 @@ from nanochat_model.conversations import render_prompt
 from nanochat_model.engine import generate
 from nanochat_model.tokenizer import Tokenizer
 from nanoladder.serve.app import create_app
+from nanoladder.serve.options import ListenOptions
 from nanoladder.serve.service import Service
 
 torch.set_num_threads(1)
@@ -218,6 +219,8 @@ def test_a_key_is_asked_for_and_other_names_are_refused(server: tuple[str, Servi
         assert web.get("/card.json", headers=headers).status_code == 401
     assert web.get("/v1/models", headers={"Authorization": "Bearer secret"}).json()["data"][0]["id"] == "tiny"
     assert web.get("/", headers={"Host": "evil.example"}).status_code == 400
+    loopback = TestClient(create_app(server[1], allowed_hosts=ListenOptions(host="::1").hosts), base_url="http://[::1]:8000")
+    assert loopback.get("/").status_code == 200
     assert "default-src 'none'" in web.get("/").headers["Content-Security-Policy"]
 
 

@@ -62,4 +62,4 @@ class ListenOptions:
     def hosts(self) -> tuple[str, ...]:
         """Names in a request's Host header that are answered; empty: all. On loopback only its own: a page of another site that
         points its name here (DNS rebinding) is refused."""
-        return (*LOOPBACK, *self.allowed_hosts) if self.is_loopback else ()
+        return (*LOOPBACK, "[::1]", *self.allowed_hosts) if self.is_loopback else ()  # a Host header has it in brackets
