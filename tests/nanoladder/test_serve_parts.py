@@ -146,6 +146,18 @@ def test_a_full_context_is_an_error_or_loses_its_oldest_exchanges() -> None:
     assert more.dropped == 2, "no more is dropped than must be"
 
 
+def test_a_long_history_is_cut_in_a_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
+    def render(messages: list[dict], tokenizer: object) -> list[int]:
+        tries.append(len(messages))
+        return [0] * (8 * len(messages))
+
+    monkeypatch.setattr("nanoladder.serve.prompt.render_prompt", render)
+    prompt = fit_prompt(turns(1601), TOKENIZER, 2000, truncate=True)
+    assert prompt.dropped == 1360 and len(tries) < 15  # 8 · 241 tokens, and 64 for the reply: one exchange more does not fit
+
+
 def test_a_question_that_is_too_long_is_an_error_even_then() -> None:
     for text in ("xyz " * 100, "x" * 10_000_000):
         with pytest.raises(ApiError, match="shorten"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,23 +34,28 @@ def fit_prompt(messages: Sequence[dict[str, str]], tokenizer: Tokenizer, max_tok
     system = list(messages[:1]) if messages[0]["role"] == "system" else []
     rest = list(messages[len(system) :])
     reserve = min(MIN_REPLY_TOKENS, max_tokens // 4) if truncate else 1
-    dropped = 0
-    while True:
-        kept = [*system, *rest]
+    most = (len(rest) - 1) // 2 if truncate else 0  # exchanges that may go
+
+    def without(exchanges: int) -> tuple[list[int] | None, str]:
+        """The ids of what is left, or None where its characters alone say that it is too long; and its size."""
+        kept = [*system, *rest[2 * exchanges :]]
         num_chars = sum(len(m["content"]) for m in kept)
-        if num_chars <= CHARS_PER_TOKEN * max_tokens:
-            ids = _render(kept, tokenizer)
-            if len(ids) + reserve <= max_tokens:
-                return Prompt(ids=ids, room=max_tokens - len(ids), dropped=dropped)
-            size = f"{len(ids)} tokens"
-        else:
-            size = f"{num_chars} characters"
-        if not truncate or len(rest) < 3:
-            if len(rest) < 3 and num_chars <= CHARS_PER_TOKEN * max_tokens and len(ids) < max_tokens:
-                return Prompt(ids=ids, room=max_tokens - len(ids), dropped=dropped)
-            message = f"the messages have {size}; the context holds {max_tokens} tokens with the reply; shorten them"
-            raise bad_request(message, "messages", "context_length_exceeded")
-        rest, dropped = rest[2:], dropped + 2
+        if num_chars > CHARS_PER_TOKEN * max_tokens:
+            return None, f"{num_chars} characters"
+        ids = _render(kept, tokenizer)
+        return ids, f"{len(ids)} tokens"
+
+    def fits(exchanges: int) -> bool:
+        ids, _ = without(exchanges)
+        return ids is not None and len(ids) + reserve <= max_tokens
+
+    # What is left only becomes shorter, so a long history costs a few tries, not one an exchange.
+    gone = 0 if fits(0) else min(most, bisect.bisect_left(range(most), True, lo=1, key=fits))
+    ids, size = without(gone)
+    if ids is not None and len(ids) < max_tokens:
+        return Prompt(ids=ids, room=max_tokens - len(ids), dropped=2 * gone)
+    message = f"the messages have {size}; the context holds {max_tokens} tokens with the reply; shorten them"
+    raise bad_request(message, "messages", "context_length_exceeded")
 
 
 def _render(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[int]:
