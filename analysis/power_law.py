@@ -110,12 +110,13 @@ def fit_censored(design: np.ndarray, points: Points, start: LineFit) -> LineFit:
     found = optimize.minimize(loss, start.beta, method="Nelder-Mead", options={"xatol": 1e-10, "fatol": 1e-12, "maxiter": 20000})
     hessian = _hessian(loss, found.x, np.sqrt(np.maximum(np.diag(start.covariance), 1e-12)))
     covariance = np.linalg.pinv(hessian)
-    ratio = float(np.trace(start.covariance @ np.linalg.pinv(_information(design[inside], variance[inside]))) / len(found.x))
+    ratio = float(np.trace(start.covariance @ _information(design[inside], variance[inside])) / len(found.x))
     return LineFit(beta=found.x, covariance=covariance * max(1.0, ratio), tau=start.tau, df=start.df)
 
 
 def _information(design: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    return np.linalg.pinv(design.T @ (design / variance[:, None]))
+    """Fisher information of the coefficients, (p, p)."""
+    return design.T @ (design / variance[:, None])
 
 
 def _log_probability(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
