@@ -93,7 +93,7 @@ def weight_decay_from_optima(optima: pd.DataFrame, *, level: float = 0.9, source
     symbols = {s: np.log(optima[s].to_numpy(dtype=float)) if s in optima else nan for s in ("width", "D", "N", "B", "lr")}
     value = np.log(optima["weight_decay"].to_numpy(dtype=float))
     se = optima["log_se"].to_numpy(dtype=float) if "log_se" in optima else nan
-    points = Points(symbols=symbols, value=value, se=se, low=-np.inf + nan, high=nan, interior=np.ones(n, dtype=bool))
+    points = Points(symbols=symbols, value=value, se=se, low=nan, high=nan, interior=np.ones(n, dtype=bool))
     cells = [
         {**{s: row[s] for s in symbols if s in optima}, "value": row["weight_decay"], "edge": "interior"}
         for _, row in optima.iterrows()
