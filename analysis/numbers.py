@@ -54,7 +54,7 @@ def _number(text: str, counts: bool, decimal_comma: bool) -> float:
         if found := SUFFIXED.fullmatch(text):
             text, factor = found["number"].strip(), FACTORS[found["suffix"].upper()]
         if found := POWER.fullmatch(text):
-            text, factor = found["number"] or "1", factor * 10 ** float(found["power"])
+            text, factor = found["number"] or "1", factor * float(np.power(10.0, float(found["power"])))
     comma = decimal_comma and DECIMAL_COMMA.fullmatch(text) is not None
     if comma and not (counts and GROUPED.fullmatch(text)):  # 3,142 is a loss, 26,860 are parameters
         text = text.replace(",", ".")
