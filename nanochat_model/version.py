@@ -11,8 +11,8 @@ def git_commit() -> str:
     """Commit hash of the checkout this package lies in; "" when it is installed without one."""
     git = Path(__file__).resolve().parents[1] / ".git"
     try:
-        if git.is_file():  # a worktree: "gitdir: <folder>"
-            git = Path(git.read_text(encoding="utf8").partition(":")[2].strip())
+        if git.is_file():  # a worktree or a submodule: "gitdir: <folder>", which may be relative to this one
+            git = git.parent / git.read_text(encoding="utf8").partition(":")[2].strip()
         head = (git / "HEAD").read_text(encoding="utf8").strip()
         if not head.startswith("ref: "):
             return head
