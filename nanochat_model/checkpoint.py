@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from nanochat_model import tensor_tree
+from nanochat_model.artifacts import sha256_file
 from nanochat_model.config import GPTConfig, TrainConfig
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import HASH_LEN, from_dict
@@ -101,7 +102,7 @@ def save_checkpoint(
         if optimizer_state is not None:
             tensor_tree.save_tree(partial / "optimizer", optimizer_state)
         (partial / STATE_FILE).write_text(json.dumps(dataclasses.asdict(state), indent=1), encoding="utf8")
-        sums = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(partial.iterdir())}
+        sums = {f.name: {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in sorted(partial.iterdir())}
         (partial / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=1), encoding="utf8")
         for file in partial.iterdir():
             _fsync(file)
@@ -124,11 +125,6 @@ def _fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _prune(root: Path, keep_last: int, keep_steps: Collection[int]) -> None:
@@ -167,7 +163,7 @@ def verify(path: str | os.PathLike[str]) -> None:
             raise CheckpointError(f"{file}: missing; use an older checkpoint")
         if file.stat().st_size != size:
             raise CheckpointError(f"{file}: {file.stat().st_size} bytes, expected {size} (cut short); use an older checkpoint")
-        if _sha256(file) != digest:
+        if sha256_file(file) != digest:
             raise CheckpointError(f"{file}: checksum differs, so its content is corrupt; use an older checkpoint")
     for name in (MODEL_FILE, STATE_FILE):
         if name not in expected:
