@@ -6,6 +6,7 @@ import os
 import queue
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -188,8 +189,6 @@ class Throttle:
         self._last = 0.0
 
     def __call__(self, event: dict[str, Any]) -> None:
-        import time
-
         now = time.monotonic()
         last = event["event"] == "step" and event["step"] == event["num_steps"]
         if event["event"] != "step" or last or now - self._last >= STEP_SECONDS:
