@@ -165,7 +165,9 @@ def stage_recipe(ladder: Ladder, stage: Stage, workspace: Workspace) -> Recipe:
             return from_dict(type(ladder.recipe), facts["recipe"], "recipe: ")
     recipe, uses = ladder.recipe, []
     if workspace.laws_path.exists():
-        laws = json.loads(workspace.laws_path.read_text(encoding="utf8"))
+        from analysis.laws import Laws
+
+        laws = Laws.load(workspace.laws_path).as_dict()
         doubtful = [u.quantity for u in recipe_from_laws(laws, recipe).uses if u.blocking]
         fitted = recipe_from_laws(laws, recipe, without=doubtful)
         recipe, uses = fitted.recipe, [asdict(u) for u in fitted.uses]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ Row = tuple[str, str, str, str]
 
 
 def law_rows(path: str | Path) -> list[Row]:
-    """Rows of a laws.json."""
-    return rows_of(json.loads(Path(path).read_text(encoding="utf8")))
+    """Rows of a laws.json. Raises DataError for a broken one."""
+    from analysis.laws import Laws
+
+    return rows_of(Laws.load(path).as_dict())
 
 
 def rows_of(laws: Mapping[str, Any]) -> list[Row]:

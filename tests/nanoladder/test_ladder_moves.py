@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +9,9 @@ import pytest
 from sweep_bench import Bench
 from toy_sweep import CELL, KNOBS
 
+from analysis.errors import DataError
+from analysis.law import Law
+from analysis.laws import Laws
 from nanochat_model.recipe import PowerRule
 from nanochat_model.record import CurvePoint
 from nanoladder.cells import resolve_config
@@ -84,15 +86,20 @@ def test_winners_that_hurt_later_are_named_and_stages_compared_by_rank(tmp_path:
 
 def test_a_stage_takes_the_laws_of_its_beginning_and_keeps_them(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    law = {"coefficient": 4096.0, "exponents": {"D": 0.5}, "references": {"D": 1e6}, "status": "converged", "n": 9, "method": "x"}
-    workspace.laws_path.write_text(json.dumps({"batch_size": law}))
+    facts = {"coefficient": 4096.0, "references": {"D": 1e6}, "status": "converged", "n": 9, "method": "x"}
+    law = Law(name="batch_size", target="B", form="", exponents={"D": 0.5}, **facts)
+    laws = Laws(source_hash="t", n_runs=9, batch_size=law)
+    laws.save(workspace.laws_path)
     recipe = stage_recipe(LADDER, LADDER.stages[0], workspace)
     assert recipe.batch_size.exponents == {"D": 0.5} and recipe.batch_size.status == "fitted"
-    workspace.laws_path.write_text(json.dumps({"batch_size": {**law, "exponents": {"D": 0.1}}}))
+    replace(laws, batch_size=replace(law, exponents={"D": 0.1})).save(workspace.laws_path)
     assert asdict(stage_recipe(LADDER, LADDER.stages[0], workspace)) == asdict(recipe), "kept where it began"
     assert stage_recipe(LADDER, LADDER.stages[1], workspace).batch_size.exponents == {"D": 0.1}, "the next takes what is current"
     assert isinstance(recipe.batch_size, PowerRule)
     assert stage_recipe(replace(LADDER, laws="none"), LADDER.stages[0], workspace) is LADDER.recipe
+    workspace.laws_path.write_text('{"batch_size"')
+    with pytest.raises(DataError, match="cut short"):
+        stage_recipe(LADDER, replace(LADDER.stages[0], name="next"), workspace)
 
 
 def test_pruning_stops_only_what_trails_far_behind_before_the_decay(tmp_path: Path) -> None:
