@@ -259,6 +259,22 @@ def test_a_failed_step_is_told_and_survived(run_dir: Path, monkeypatch: pytest.M
     worker.stop()
 
 
+def test_a_worker_that_cannot_start_afresh_lets_nobody_wait(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = Batcher(load_model(run_dir), max_rows=1)
+    both_are_in = threading.Event()
+    monkeypatch.setattr(batcher, "_decode", lambda: both_are_in.wait(60) and 1 / 0)
+    batchers = iter([batcher])
+    worker = Worker(lambda: next(batchers), max_queue=4).start()
+    sinks = [Sink(), Sink()]
+    for sink in sinks:
+        worker.submit(Request(prompt=[1], max_tokens=5), sink)
+    both_are_in.set()
+    assert all(sink.ended.wait(60) for sink in sinks)
+    wait_until(lambda: not worker.alive)
+    with pytest.raises(WorkerStopped):
+        worker.submit(Request(prompt=[1], max_tokens=5), Sink())
+
+
 # ---- the card ----
 
 

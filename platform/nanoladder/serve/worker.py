@@ -103,15 +103,22 @@ class Worker:
 
     def _run(self) -> None:
         tune_process(self._num_threads)
+        try:
+            self._work()
+        except Exception:  # no batcher could be made afresh
+            _log.exception("the worker ends; requests are refused from here on")
+        with self._lock:
+            self._stopping = True
+        self._end_all(WorkerStopped("the server is shutting down"))
+
+    def _work(self) -> None:
         while not self._stopping:
             self._take_messages()
             if self._stopping:
-                break
+                return
             try:
                 events = self._batcher.step()
-            except (
-                Exception
-            ) as e:  # out of memory, a broken kernel: whoever was in the batch is told, and the next ones start afresh
+            except Exception as e:  # out of memory, a broken kernel: whoever was in the batch is told, the next ones start afresh
                 _log.exception("a step of the batch failed; its requests are ended")
                 self.num_failures += 1
                 self._end_all(e)
@@ -119,7 +126,6 @@ class Worker:
                 continue
             for event in events:
                 self._deliver(event)
-        self._end_all(WorkerStopped("the server is shutting down"))
 
     def _take_messages(self) -> None:
         """Everything in the inbox; where there is nothing else to do, wait for it."""
