@@ -180,6 +180,7 @@ class NanoladderTokenizer:
         self._tokenizer = Tokenizer.from_file(str(path))
         self._tokenizer.encode_special_tokens = True
         self._bytes = {c: b for b, c in enumerate(_byte_characters())}
+        self._special = {i: t.content.encode() for i, t in self._tokenizer.get_added_tokens_decoder().items()}
 
     def special(self, name: str) -> int:
         """Id of a special token by its bare name, such as bos or user_start."""
@@ -192,8 +193,7 @@ class NanoladderTokenizer:
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """UTF-8 of ids; a single id may stand for a part of a character."""
-        tokens = [self._tokenizer.id_to_token(i) or "" for i in ids]
-        return b"".join(t.encode() if t.startswith("<|") else bytes(self._bytes[c] for c in t) for t in tokens)
+        return b"".join(self._special.get(i) or bytes(self._bytes[c] for c in self._tokenizer.id_to_token(i) or "") for i in ids)
 
     def chat_prompt(self, message: str) -> list[int]:
         """Ids after which the model answers `message`."""

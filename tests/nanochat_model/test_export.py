@@ -18,7 +18,8 @@ from nanochat_model.engine import generate
 from nanochat_model.errors import ConfigError
 from nanochat_model.export import MODELING_FILE, export_standalone
 from nanochat_model.interop import config_from_nanochat
-from nanochat_model.modeling_nanoladder import NanoladderModel
+from nanochat_model.modeling_nanoladder import NanoladderModel, NanoladderTokenizer
+from nanochat_model.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 torch.set_num_threads(1)
 TEXT = "ab cde é 1234 <|bos|> \n  fgh"
@@ -64,6 +65,15 @@ def test_the_single_file_computes_what_the_model_computes(tmp_path: Path, shape:
         assert (single(idx) - expected).abs().max() < 1e-5
         pieces = [single(part, past) for part in idx.split([1, 20, shape["T"] - 21], dim=1)]
         assert (torch.cat(pieces, 1) - expected).abs().max() < 1e-5
+
+
+def test_a_token_that_begins_like_a_special_one_is_its_bytes(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(["<|——<|—— " * 9], 256 + len(SPECIAL_TOKENS) + 7)
+    tokenizer.save(tmp_path)
+    single, tokens = NanoladderTokenizer(tmp_path / "tokenizer.json"), range(tokenizer.vocab_size)
+    expected = [tokenizer.decode_bytes([i]) for i in tokens]
+    assert any(b.startswith(b"<|\xe2") for b in expected)
+    assert [single.decode_bytes([i]) for i in tokens] == expected
 
 
 def test_an_exported_folder_works_where_the_package_is_hidden(tmp_path: Path) -> None:
