@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +13,7 @@ import jsonschema
 
 from analysis.allocation.tools import jsonable
 from analysis.errors import DataError
+from analysis.files import write_atomic
 from analysis.law import Law
 from analysis.weight_decay import WeightDecayLaw
 
@@ -77,23 +76,12 @@ class Laws:
         return out
 
     def save(self, path: str | Path) -> Path:
-        """Write laws.json atomically, after checking it against the schema."""
+        """Write laws.json atomically, after checking it against the schema. DataError for a path that cannot be written."""
         path = Path(path)
         data = self.as_dict()
         problem = schema_problem(data)
         assert problem is None, f"laws do not fit their own schema: {problem}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(fd, "w", encoding="utf8") as f:
-                json.dump(data, f, indent=1, allow_nan=False)
-                f.flush()
-                os.fsync(f.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomic(path, json.dumps(data, indent=1, allow_nan=False))
         return path
 
     @classmethod

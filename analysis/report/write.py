@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.errors import DataError
+from analysis.files import write_atomic
 from analysis.purposes import assign_purposes, select, tuned_envelope
 from analysis.report.facts import DEFAULT_TITLE, report_facts
 from analysis.report.html import render
@@ -59,7 +58,7 @@ def write_report(
     if mlflow_uri and link is None:
         facts["source"]["notes"].append(f"MLflow store: {mlflow_uri} (`mlflow ui --backend-store-uri {mlflow_uri}` shows it)")
     path = Path(path)
-    _write_atomic(path, render(facts, drawn, run_url=link))
+    write_atomic(path, render(facts, drawn, run_url=link))
     return path
 
 
@@ -100,20 +99,3 @@ def drawn_runs(table: RunTable, most: int = MOST_DRAWN, seed: int = 0) -> tuple[
         even = by_size[np.linspace(0, len(rows) - 1, size).round().astype(int)]
         keep.append(np.union1d(even, [rows["L"].idxmin()]))
     return frame.loc[np.sort(np.concatenate(keep))], len(frame)
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    """A reader, or a crash, sees the old file or the new, never a part."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as e:
-        raise DataError(f"{path}: cannot be written ({e.strerror}); give another path") from None
-    try:
-        with os.fdopen(fd, "w", encoding="utf8") as f:
-            f.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -65,7 +65,7 @@ def test_a_failed_write_keeps_the_old_file(laws, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match="disk full"):
         laws.save(path)
     assert path.read_text() == before and len(list(tmp_path.iterdir())) == 1
 
