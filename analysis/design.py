@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from analysis.budgets import GAP
 from analysis.errors import DataError
@@ -60,11 +59,6 @@ class Design:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    def interval_factor(self, level: float = 0.9) -> tuple[float, float]:
-        """Half width of the target's interval as a factor, before and after (1.05: ±5%)."""
-        q = float(stats.norm.ppf((1 + level) / 2))
-        return math.exp(q * self.sd_before), math.exp(q * self.sd_after)
 
 
 def suggest_runs(

@@ -18,7 +18,6 @@ from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
 from nanochat_model.overrides import apply_overrides
 
-Symbol = Literal["N", "D", "B", "width", "lr"]
 D12_SCALING_PARAMS = 110_100_912  # transformer_matrices + lm_head at d12, V = 32768; checked in tests
 RESOLVE_KEYS = ("batch_tokens", "lr_multiplier", "weight_decay_multiplier")
 
