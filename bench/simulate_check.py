@@ -127,13 +127,11 @@ def _time(stamp: str) -> float:
 
 
 def measured_overheads(real: dict[str, Any]) -> Overheads:
-    """Of the first sweep: a process is the time between the first two starts; imports, from there until it trains; the driver's
-    share of a trial is the time between two runs in one process."""
-    process = real["second_start"] - real["first_start"]
+    """Of the first sweep: processes start side by side until the second one is there; imports, from there until it trains; the
+    driver's share of a trial is the time between two runs in one process."""
     runs = sorted(real["runs"], key=lambda r: r["start"])
     gaps = [min(r["start"] - e["end"] for e in runs if e["end"] <= r["start"]) for r in runs[DEVICES:]]
-    stage = max(0.0, real["first_start"] - process)
-    return Overheads(driver=max(0.0, median(gaps)), process=process, imports=real["imports"], command=0.0, stage=stage)
+    return Overheads(driver=max(0.0, median(gaps)), process=real["second_start"], imports=real["imports"], command=0.0, stage=0.0)
 
 
 def simulated(

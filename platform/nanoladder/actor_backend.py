@@ -17,6 +17,7 @@ from ray import tune
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 
 from nanochat_model.errors import ConfigError
+from nanoladder.own_devices import see_own_devices
 from nanoladder.run_lock import exclusive
 from nanoladder.system_use import SystemUse
 from nanoladder.trial_spec import Forward, TrialSpec
@@ -25,8 +26,9 @@ REPORT_SECONDS = 5.0  # how often a long run reports to the driver
 LOCK_WAIT_SECONDS = 60.0  # an orphan of a killed driver is gone within a few
 SPEC = "spec"
 # A trial that runs Ray Train needs next to nothing itself. Its resource must not be one that its workers ask for: with a
-# share of the CPUs it would starve a run that wants them all. Every cluster has a head node with one unit of this.
-TRAIN_DRIVER_RESOURCES = {"node:__internal_head__": 0.01}
+# share of the CPUs it would starve a run that wants them all. Every cluster has a head node with one unit of this, enough for a
+# thousand such trials at a time.
+TRAIN_DRIVER_RESOURCES = {"node:__internal_head__": 0.001}
 
 
 class TrialActor(tune.Trainable):
@@ -42,6 +44,7 @@ class TrialActor(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Starts nothing yet: Tune may make an actor for a trial and then give that trial to another that came free."""
+        see_own_devices()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train")
         self._take(config)
 

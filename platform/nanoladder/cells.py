@@ -155,6 +155,11 @@ def _check_keys(overrides: Mapping[str, Any], where: str) -> None:
 
 def check_sweep(sweep: Sweep, data: DataConfig | None = None) -> None:
     """Resolve every cell (and every candidate of a finite one), so that what cannot run is said before Ray starts."""
+    if "core" in sweep.metrics and not sweep.runtime.core_bundle:
+        raise ConfigError(
+            f"sweep {sweep.name} is judged by CORE and names no tasks; give runtime=RuntimeConfig(core_bundle=…), a folder or "
+            "zip, or --set runtime.core_bundle=…"
+        )
     for cell in sweep.cells:
         resolve_config(sweep, cell, data=data)
         space = sweep.space_of(cell)

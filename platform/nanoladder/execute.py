@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ from nanoladder.sweep_index import IndexWriter
 from nanoladder.throughput import Throughput
 from nanoladder.trial_needs import choose_backend, total_need, trial_seconds, trial_speed, with_checkpoints, worker_resources
 from nanoladder.trial_spec import PRETRAIN, TrialSpec
-from nanoladder.watchdog import CLUSTER_WAIT_SECONDS, LOCAL_WAIT_SECONDS, PLACEMENT_ENV, check_fits
+from nanoladder.watchdog import LOCAL_WAIT_SECONDS, check_fits, placement_wait
 from nanoladder.workspace import Workspace, read_records
 
 SPEED_RECORDS = 50  # newest records that tell this device's speed
@@ -62,6 +63,9 @@ def execute_sweeps(
     default the workspace's database. Raises ConfigError, before Ray starts, for whatever cannot run, and SweepStopped when
     `nanoladder stop` ended it.
     """
+    for name, given in (("max_concurrent", max_concurrent), ("num_cpus", num_cpus)):
+        if given is not None and given < 1:
+            raise ConfigError(f"{name} {given} must be at least 1; leave it out for as many as there are")
     twice = [s.name for i, s in enumerate(sweeps) if s.name in [t.name for t in sweeps[:i]]]
     if twice:
         raise ConfigError(f"two sweeps are named {twice[0]!r}; give each its own name")
@@ -162,13 +166,13 @@ def _train(
 
     labels = NodeLabels(present=present_gpus(), coming=coming_gpus())
     has_gpu = session.num_gpus > 0 or bool(labels.coming)
-    maker = SpecMaker(sweeps, workspace, has_gpu=has_gpu, train_function=train_function, labels=labels)
+    wait = placement_wait(started_here=session.started_here)
+    maker = SpecMaker(sweeps, workspace, has_gpu=has_gpu, train_function=train_function, labels=labels, placement_seconds=wait)
     if session.started_here:
         for sweep in sweeps:
             check_fits(maker.sweep_need(sweep), ray.cluster_resources(), f"a trial of sweep {sweep.name}")
-    wait = float(os.environ.get(PLACEMENT_ENV) or (LOCAL_WAIT_SECONDS if session.started_here else CLUSTER_WAIT_SECONDS))
     for sweep in sweeps:
-        maker.probe(sweep, wait)
+        maker.probe(sweep)
     # On a cluster that was joined, a given number of trials in flight is taken literally: nodes may yet be added for them.
     literal = max_concurrent is not None and not session.started_here
     scheduler = Scheduler(
@@ -181,10 +185,11 @@ def _train(
         stop=StopWatch([workspace.sweep_dir(s.name) for s in sweeps]),
     )
     scratch = workspace.root / "tune"
-    for folder in scratch.glob("*-*"):  # of commands that were killed
+    here = f"@{socket.gethostname()}"
+    for folder in scratch.glob(f"*-*{here}"):  # of commands that were killed; those of another host may be alive
         if not alive(int(folder.name.partition("-")[0])):
             shutil.rmtree(folder, ignore_errors=True)
-    fit(scheduler, scratch / f"{os.getpid()}-{time.time_ns()}")
+    fit(scheduler, scratch / f"{os.getpid()}-{time.time_ns()}{here}")
     if scheduler.stopping is not None and not pool.done:
         names = ", ".join(s.name for s in sweeps)
         raise SweepStopped(f"{names} stopped on request by {scheduler.stopping.requested_by}; the same command goes on from here")
@@ -201,11 +206,13 @@ class SpecMaker:
         has_gpu: bool,
         train_function: str = PRETRAIN,
         labels: NodeLabels = NO_LABELS,
+        placement_seconds: float = LOCAL_WAIT_SECONDS,
     ) -> None:
         self._sweeps = {s.name: s for s in sweeps}
         self._workspace = workspace
         self._has_gpu = has_gpu
         self._train_function = train_function
+        self._placement_seconds = placement_seconds
         self._records = recent_records(workspace)
         self._fitting_rows: dict[str, int] = {}  # of the sweeps whose trials share a device
         self._labels = {s.name: labels.selector(s.device) for s in sweeps if has_gpu}
@@ -233,6 +240,7 @@ class SpecMaker:
             backend=choose_backend(sweep, seconds),
             num_workers=sweep.devices_per_trial,
             resources_per_worker=self._resources(sweep),
+            placement_seconds=self._placement_seconds,
             train_function=TRAIN_FUNCTION if isinstance(sweep.recipe, SFTRecipe) else self._train_function,
             start_from=sweep.recipe.base_checkpoint if isinstance(sweep.recipe, SFTRecipe) else "",
             storage=self._workspace.remote,
@@ -244,11 +252,12 @@ class SpecMaker:
     def sweep_need(self, sweep: Sweep) -> dict[str, float]:
         return total_need(self._resources(sweep), sweep.devices_per_trial)
 
-    def probe(self, sweep: Sweep, wait_seconds: float) -> None:
+    def probe(self, sweep: Sweep) -> None:
         """Where trials share an accelerator: make sure that they fit. Raises ConfigError."""
         if sweep.trials_per_device > 1 and self._uses_gpu(sweep):
             runtime = share_runtime(sweep, sweep.runtime)
-            self._fitting_rows[sweep.name] = fit_share(sweep, runtime, self._resources(sweep), wait_seconds)
+            labels = self._labels.get(sweep.name, {})
+            self._fitting_rows[sweep.name] = fit_share(sweep, runtime, self._resources(sweep), labels, self._placement_seconds)
 
     def _uses_gpu(self, sweep: Sweep) -> bool:
         return self._has_gpu and sweep.device != "cpu"

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+# Trials that Ray Tune may have waiting for a place or a process. Its own limit for a searcher like ours is 1: processes of a fleet
+# then start one after another, and an autoscaler sees one trial at a time. 200 is its limit for lists of trials known beforehand.
+MAX_PENDING = 200
+
 
 class Room:
     """What the runs in flight have been promised. Runs are given out only while the cluster holds all workers of all of them,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_model.errors import ConfigError
+from nanoladder.handout import MAX_PENDING
 from nanoladder.job_context import JOB_CONFIG_ENV
 
 PACKAGES = ("nanoladder", "nanochat_model", "analysis")
@@ -39,6 +40,7 @@ SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_MAX_PENDING_TRIALS_PG": str(MAX_PENDING),
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_DEDUP_LOGS": "1",
@@ -79,12 +81,12 @@ def ensure_ray(
     global _session
     import ray
 
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     if ray.is_initialized():
         if _session is None:
             _session = _describe(started_here=False)
         return _session
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = address or os.environ.get("RAY_ADDRESS") or ""
     if address in ("", "local"):

@@ -14,6 +14,13 @@ from nanochat_model.errors import ConfigError
 
 LOCK_FILE = ".lock"
 POLL_SECONDS = 0.2
+DATABASES = ".databases"
+DATABASES_WAIT_SECONDS = 120.0
+
+
+def making_databases(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold while a database in `folder` is opened: it may be new, and two processes that make its tables at once both fail."""
+    return exclusive(folder / DATABASES, f"opening the databases in {folder}", wait_seconds=DATABASES_WAIT_SECONDS)
 
 
 @contextlib.contextmanager

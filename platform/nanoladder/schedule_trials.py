@@ -36,6 +36,10 @@ from nanoladder.watchdog import PlacementWatch
 MakeSpec = Callable[[Trial, int], TrialSpec]
 
 
+class NothingRuns(Exception):
+    """An end was asked for, and what Tune has in hand waits for a place: there is nothing to wait for."""
+
+
 @dataclass
 class Assignment:
     """A run that Tune has in hand."""
@@ -160,11 +164,13 @@ class Scheduler:
         self._heed_stop()
         waiting = [a for a in self.assigned.values() if not a.started]
         if waiting and self._watch is None:
-            what = f"trial {waiting[0].trial.name}"
-            self._watch = PlacementWatch(waiting[0].need, what, self._placement_seconds)
+            first = waiting[0]
+            self._watch = PlacementWatch(first.need, first.spec.node_labels, f"trial {first.trial.name}", self._placement_seconds)
+        running = sum(a.started for a in self.assigned.values())
         if self._watch is not None:
-            running = sum(a.started for a in self.assigned.values())
-            self._watch.look(running=running, pending=len(waiting), available=ray.available_resources)
+            self._watch.look(running=running, pending=len(waiting), have=ray.cluster_resources, free=ray.available_resources)
+        if self.stopping is not None and waiting and not running:
+            raise NothingRuns
 
     def _heed_stop(self) -> None:
         """Once somebody asked for an end: give nothing out any more, and let trials that save checkpoints save one and end."""
@@ -208,7 +214,7 @@ class PoolCallback(tune.Callback):
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self.raised: BaseException | None = None
+        self.raised: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -216,7 +222,7 @@ class PoolCallback(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         try:
             self._scheduler.tick()
-        except ConfigError as e:
+        except (ConfigError, NothingRuns) as e:
             self.raised = e  # Tune wraps what callbacks raise
             raise
 
@@ -272,9 +278,10 @@ def fit(scheduler: Scheduler, folder: Path) -> None:
         )
         tuner.fit()
     except Exception as e:
-        if callback.raised is not None:
+        if callback.raised is None:
+            raise RuntimeError(f"Ray Tune stopped: {e}") from e
+        if not isinstance(callback.raised, NothingRuns):
             raise callback.raised from None
-        raise RuntimeError(f"Ray Tune stopped: {e}") from e
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if scheduler.fatal is not None:

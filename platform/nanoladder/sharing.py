@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanochat_model.config import RuntimeConfig, TrainConfig
 from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import find_device
 from nanochat_model.memory import USABLE_SHARE, estimate_memory
-from nanoladder.cells import resolve_config
+from nanoladder.cells import planned_trials
+from nanoladder.own_devices import see_own_devices
 from nanoladder.sweep import Sweep
-from nanoladder.watchdog import format_resources
+from nanoladder.watchdog import not_placed
 
 if TYPE_CHECKING:
     from nanochat_model.probe import Probe  # brings torch, which the driver does not need
@@ -49,17 +50,19 @@ def check_probe(sweep: Sweep, cell: str, probe: Probe, memory_bytes: float) -> N
         )
 
 
-def fit_share(sweep: Sweep, runtime: RuntimeConfig, resources: Mapping[str, float], wait_seconds: float) -> int:
-    """Make sure that the sweep's largest cell fits its share, with one probe step on the cluster; the rows that fitted.
+def fit_share(
+    sweep: Sweep, runtime: RuntimeConfig, resources: Mapping[str, float], labels: Mapping[str, str], wait_seconds: float
+) -> int:
+    """Make sure that the sweep's largest trial fits its share, with one probe step on the cluster; the rows that fitted.
 
     Raises ConfigError where it does not, or where the probe was not placed within `wait_seconds`.
     """
-    configs = {cell.label: resolve_config(sweep, cell) for cell in sweep.cells}
-    label, config = max(configs.items(), key=lambda item: _one_row(item[1]))
+    largest = max(planned_trials(replace(sweep, seeds=sweep.seeds[:1])), key=lambda trial: _one_row(trial.config))
+    label, config = largest.cell, largest.config
     card = find_device(sweep.device) if sweep.device else None
     if card is not None:
         check_estimate(sweep, label, config, card.memory_bytes)
-    probe = _probe_on_ray(sweep, config, runtime, resources, wait_seconds)
+    probe = _probe_on_ray(sweep, config, runtime, resources, labels, wait_seconds)
     memory = probe.device_bytes or (card.memory_bytes if card is not None else None)
     if memory is not None:
         check_estimate(sweep, label, config, memory)
@@ -71,26 +74,44 @@ def share_runtime(sweep: Sweep, runtime: RuntimeConfig) -> RuntimeConfig:
     return replace(runtime, memory_share=1.0 / sweep.trials_per_device)
 
 
+class _Prober:
+    """A process of its own on the cluster: its first answer says that it was placed, the second what a step took."""
+
+    def placed(self) -> bool:
+        see_own_devices()
+        return True
+
+    def step(self, config: TrainConfig, runtime: RuntimeConfig) -> Probe:
+        from nanochat_model.probe import probe_step
+
+        return probe_step(config, runtime)
+
+
 def _probe_on_ray(
-    sweep: Sweep, config: TrainConfig, runtime: RuntimeConfig, resources: Mapping[str, float], wait_seconds: float
+    sweep: Sweep,
+    config: TrainConfig,
+    runtime: RuntimeConfig,
+    resources: Mapping[str, float],
+    labels: Mapping[str, str],
+    wait_seconds: float,
 ) -> Probe:
     import ray
-    from ray.exceptions import GetTimeoutError, RayTaskError
+    from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-    from nanochat_model.probe import probe_step
-
-    task = ray.remote(num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0), max_retries=0)(probe_step)
-    waiting = task.remote(config, runtime)
+    options: dict[str, Any] = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0), "max_restarts": 0}
+    prober: Any = ray.remote(**options, **({"label_selector": dict(labels)} if labels else {}))(_Prober).remote()
     try:
-        return ray.get(waiting, timeout=wait_seconds)
+        ray.get(prober.placed.remote(), timeout=wait_seconds)
+        return ray.get(prober.step.remote(config, runtime))
     except GetTimeoutError:
-        ray.cancel(waiting, force=True)
-        raise ConfigError(
-            f"the probe step of sweep {sweep.name} waited {wait_seconds:.0f} s for {format_resources(resources)} and did not end; "
-            f"free on the cluster: {format_resources(ray.available_resources())}; end what holds the rest, or ask for less"
-        ) from None
-    except RayTaskError as e:
-        raise RuntimeError(f"the probe step of sweep {sweep.name} failed: {e.cause or e}") from None
+        waited = f"the probe step of sweep {sweep.name} waited {wait_seconds:.0f} s"
+        have, free = ray.cluster_resources(), ray.available_resources()
+        raise ConfigError(not_placed(waited, resources, labels, have, free)) from None
+    except RayError as e:
+        cause = e.cause if isinstance(e, RayTaskError) else None
+        raise RuntimeError(f"the probe step of sweep {sweep.name} failed: {cause or e}") from None
+    finally:
+        ray.kill(prober)
 
 
 def _one_row(config: TrainConfig) -> float:

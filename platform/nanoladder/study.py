@@ -27,6 +27,7 @@ from nanochat_model.identity import content_hash, run_id
 from nanochat_model.record import CurvePoint
 from nanoladder.candidates import fixed_candidates, num_awaited
 from nanoladder.cells import VARIANT, resolve_config
+from nanoladder.run_lock import making_databases
 from nanoladder.space import Choice, Dimension, Grid, LogUniform, Space, Times, Uniform, Value, When, is_active, plain
 from nanoladder.study_writes import finish_trial
 from nanoladder.sweep import ADAPTIVE, Cell, Sweep
@@ -86,7 +87,8 @@ def open_storage(uri: str) -> optuna.storages.RDBStorage:
         return connection
 
     try:
-        return optuna.storages.RDBStorage(uri, engine_kwargs={"creator": connect})
+        with making_databases(path.parent):
+            return optuna.storages.RDBStorage(uri, engine_kwargs={"creator": connect})
     except (sqlalchemy.exc.DatabaseError, sqlite3.DatabaseError) as e:
         raise ConfigError(
             f"{path} cannot be read as Optuna's database ({str(e).splitlines()[0]}); remove it: the records rebuild it"
@@ -144,8 +146,9 @@ class CellStudy:
         return len(self.candidates) >= self.total
 
     def describe(self) -> dict[str, Any]:
-        """What it takes to make the study again from records: its name and Optuna's distributions."""
-        return {"study": self.name, "distributions": {k: distribution_to_json(d) for k, d in self._distributions().items()}}
+        """What it takes to make the study again from records: its name, Optuna's distributions, whether suggestions learn."""
+        distributions = {k: distribution_to_json(d) for k, d in self._distributions().items()}
+        return {"study": self.name, "learns": self.sampler in ADAPTIVE, "distributions": distributions}
 
     def _distributions(self) -> dict[str, BaseDistribution]:
         if self._cached is None:
@@ -333,9 +336,10 @@ def thin(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
 
 
 def _check_sampler(sampler: str, space: Space, sweep: str) -> None:
-    ranges = [k for k, d in space.items() if not isinstance(d, Choice | When)]
-    if sampler == "cmaes" and (len(ranges) < 2 or len(ranges) != len(space)):
-        raise ConfigError(f"sweep {sweep}: sampler cmaes needs a space of two or more numbers, no Choice and no When; use tpe")
+    other = [f"{k} is a {type(d).__name__}" for k, d in space.items() if not isinstance(d, Uniform | LogUniform)]
+    if sampler == "cmaes" and (other or len(space) < 2):
+        found = other[0] if other else f"this space has {len(space)}"
+        raise ConfigError(f"sweep {sweep}: sampler cmaes needs two or more ranges (Uniform, LogUniform); {found}: use tpe")
 
 
 def _distribution(dimension: Dimension, values: Sequence[Value]) -> BaseDistribution:

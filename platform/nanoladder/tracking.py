@@ -10,6 +10,7 @@ milliseconds as step. `train_flops`, `train_seconds` and `num_tokens` at the sam
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -33,6 +34,7 @@ from nanoladder.mlflow_facts import (
     sweep_tags,
 )
 from nanoladder.pool import trial_tags
+from nanoladder.run_lock import making_databases
 from nanoladder.space import format_values
 from nanoladder.sweep import Sweep
 
@@ -41,6 +43,7 @@ FLUSH_SECONDS = 3.0  # between two batches of a running trial's metrics; a run t
 GIVE_UP_SECONDS = 30.0  # without an answer, how long nothing is sent
 CLOSE_SECONDS = 60.0  # how long the end of a command waits for the mirror
 MAX_QUEUED = 50_000
+SQLITE = "sqlite:///"
 BATCH = 900  # metrics a call; MLflow takes at most 1000
 SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_DISABLE_TELEMETRY": "true"}
 TERMINAL = ("FINISHED", "FAILED", "KILLED")
@@ -139,8 +142,11 @@ class MlflowWriter:
     @property
     def client(self) -> Any:
         if self._client is None:
-            self._client = connect(self._uri)
-            self._experiment = find_or_create_experiment(self._client, self._artifacts)
+            own = self._uri.removeprefix(SQLITE) if self._uri.startswith(SQLITE) else ""
+            with making_databases(Path(own).parent) if own else contextlib.nullcontext():
+                client = connect(self._uri)
+                self._experiment = find_or_create_experiment(client, self._artifacts)
+            self._client = client
         return self._client
 
     def begin(self, sweep: str, tags: dict[str, str]) -> None:
@@ -300,10 +306,10 @@ def connect(uri: str) -> Any:
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if uri.startswith(SQLITE):
+        Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    if uri.startswith("sqlite:///"):
+    if uri.startswith(SQLITE):
         _do_not_wait_for_the_disk(client)
     return client
 

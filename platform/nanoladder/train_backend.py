@@ -23,7 +23,7 @@ from nanoladder.run_lock import exclusive
 from nanoladder.storage import find_record
 from nanoladder.system_use import SystemUse
 from nanoladder.trial_spec import PRETRAIN, Forward, TrialSpec
-from nanoladder.watchdog import CLUSTER_WAIT_SECONDS, LOCAL_WAIT_SECONDS, PLACEMENT_ENV, check_fits, format_resources
+from nanoladder.watchdog import LOCAL_WAIT_SECONDS, check_fits, not_placed, placement_wait
 
 MAX_WORKER_FAILURES = 3  # of a production run: a node lost now and then must not end it
 START_TIMEOUT_ENV = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -85,7 +85,7 @@ def run_training_on_ray_train(
         backend="train",
         num_workers=num_workers,
         resources_per_worker={"CPU": float(threads_per_worker), **({"GPU": 1.0} if gpu else {})},
-        placement_seconds=placement_seconds or (LOCAL_WAIT_SECONDS if session.started_here else CLUSTER_WAIT_SECONDS),
+        placement_seconds=placement_seconds or placement_wait(started_here=session.started_here),
         train_function=train_function,
         start_from=start_from,
         storage=workspace.remote if workspace is not None else "",
@@ -108,7 +108,7 @@ def fit_trial(spec: TrialSpec, send: Progress, *, callbacks: Sequence[Callback] 
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
 
-    os.environ[START_TIMEOUT_ENV] = str(float(os.environ.get(PLACEMENT_ENV) or spec.placement_seconds))
+    os.environ[START_TIMEOUT_ENV] = str(spec.placement_seconds)
     events = Queue(actor_options={"num_cpus": 0})
     uses_gpu = spec.resources_per_worker.get("GPU", 0) > 0
     trainer = TorchTrainer(
@@ -222,12 +222,9 @@ def _explain(error: Exception, spec: TrialSpec) -> Exception:
 
     cause = getattr(error, "controller_failure", None)
     if isinstance(error, ControllerError) and cause is not None and "StartupTimeout" in type(cause).__name__:
-        return ConfigError(
-            f"run {spec.name or spec.run_id} waited {spec.placement_seconds:.0f} s for {spec.num_workers} × "
-            f"{format_resources(spec.resources_per_worker)} and was not placed; the cluster has "
-            f"{format_resources(ray.cluster_resources())}, free {format_resources(ray.available_resources())}: ask for fewer "
-            "workers, or end what holds the rest"
-        )
+        waited = f"run {spec.name or spec.run_id} with {spec.num_workers} workers waited {spec.placement_seconds:.0f} s"
+        resources = ray.cluster_resources(), ray.available_resources()
+        return ConfigError(not_placed(waited, total_resources(spec), spec.node_labels, *resources))
     failures = getattr(error, "worker_failures", None) or {}
     first = next(iter(failures.values()), cause or error)
     text = "".join(traceback.format_exception_only(first)).strip()

@@ -2,7 +2,7 @@
 
 corpus/ tokenizer/ shards/        data, each naming its parents by hash
 runs/<run_id>/record.json         one folder a run; the record is the truth
-sweeps/<name>/                    what Ray Tune keeps to restore a sweep
+sweeps/<name>/                    index of its runs, status, choices, verdicts
 stages/<name>.json                what a multi-stage job (the demo) has finished
 laws.json prediction.json report.html
 mlflow.db optuna.db               mirrors for people to look at

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from sweep_bench import Bench
 from toy_sweep import CELL, KNOBS
+from toy_training import TRAIN
 
 from analysis.errors import DataError
 from analysis.law import Law
 from analysis.laws import Laws
+from nanochat_model.config import RuntimeConfig
 from nanochat_model.recipe import PowerRule
 from nanochat_model.record import CurvePoint
 from nanoladder.cells import resolve_config
@@ -20,6 +22,7 @@ from nanoladder.promote import Promotion, judge_screened, judge_stage, rank_corr
 from nanoladder.prune import Pruner, constant_until, is_far_behind, loss_at
 from nanoladder.space import Grid, Times
 from nanoladder.sweep import Sweep
+from nanoladder.trial_spec import TrialSpec
 from nanoladder.workspace import Workspace
 
 LADDER = Ladder(
@@ -56,6 +59,11 @@ def test_only_finalists_get_all_seeds_and_nothing_is_adopted_on_one(tmp_path: Pa
     final = replace(sweep, variants={k: v for k, v in sweep.variants.items() if k in ("baseline", "half")})
     runs = run(final)
     assert [p.verdict for p in judge_stage(final, runs, num_candidates=3)] == ["adopt"]
+    uneven = {n: replace(r, val_bpb=(r.val_bpb or 0) * (0.99, 1.004, 0.985)[n]) for n, r in runs["baseline"].items()}
+    (open_question,) = judge_stage(final, {**runs, "half": uneven})
+    needed = open_question.runs_to_decide
+    assert open_question.verdict == "undecided" and needed is not None and needed > 3
+    assert f"{needed} paired seeds would decide" in open_question.reason and open_question.as_dict()["runs_to_decide"] == needed
     rest = judge_screened(sweep, final, run(screening(sweep)), runs)
     assert {p.change for p in rest} == {"eight", "two"} and all(p.verdict != "adopt" and "first seed" in p.reason for p in rest)
 
@@ -122,6 +130,13 @@ def test_pruning_stops_only_what_trails_far_behind_before_the_decay(tmp_path: Pa
     assert not pruner.stopped, "in the decay, in the warm-up, or near the others: goes on"
     pruner.on_event(trial, {"event": "eval", "step": step, "val_bpb": 1.2 * known})
     assert pruner.stopped == {trial.run_id} and (tmp_path / "runs" / trial.run_id / "stop").read_text().startswith("pruned")
+    run_dir = str(tmp_path / "runs" / trial.run_id)
+    record = TrialSpec(
+        run_id=trial.run_id, config=trial.config, runtime=RuntimeConfig(), run_dir=run_dir, train_function=TRAIN
+    ).run()
+    assert record.status == "stopped" and (record.error or "").startswith("pruned at step")
+    bench.pool.finish(trial.run_id, record)
+    assert [t.state.name for t in bench.study().trials] == ["COMPLETE"] * 5 + ["PRUNED"], "never complete"
     assert not is_far_behind(9.0, [1.0] * 4)
     points = [CurvePoint(step=s, num_tokens=s, train_flops=s, seconds=s, val_bpb=v) for s, v in ((1, 4.0), (3, 1.0))]
     assert loss_at(points, 2 / 3) == pytest.approx(2.0) and loss_at(points, 0.1) is None

@@ -35,8 +35,10 @@ from nanoladder.sweep import Cell, Sweep
 from nanoladder.sync import sync
 from nanoladder.train_backend import run_training_on_ray_train
 from nanoladder.trial_spec import TrialSpec
+from nanoladder.watchdog import not_placed
 from nanoladder.workspace import Workspace
 
+pytestmark = pytest.mark.seconds(50)
 DATA = DataConfig(manifest_hash="toy")
 TOY = Sweep(name="toy", question="?", cells=(Cell(model=MODEL, horizon=HORIZON, overrides=KNOBS),))
 FOUR = replace(TOY, space={"optimizer.matrix_lr": Grid([0.005, 0.01, 0.02, 0.04])})
@@ -54,6 +56,7 @@ def here() -> Iterator[Here]:
     with local_s3() as url, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([SUPPORT, os.environ.get("PYTHONPATH", "")]))
         patch.setenv("TOY_STEP_SECONDS", "0.1")
+        patch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "1")  # as nodes with AMD's GPUs are started with theirs
         yield Here(ensure_ray(num_cpus=2, num_gpus=1, object_store_bytes=100 * 2**20), url)
         shutdown_ray()
 
@@ -66,6 +69,7 @@ def test_two_trials_share_a_device_and_each_is_told_its_share(tmp_path: Path, he
     starts, ends = notes(tmp_path, "start"), notes(tmp_path, "end")
     assert max(s["time"] for s in starts[:2]) < min(e["time"] for e in ends), "two at a time on the one device"
     assert len({s["pid"] for s in starts}) == 2
+    assert {s["gpus"] for s in starts} == {"0"}, "a trial sees its own device, also where Ray hides none"
     spec = maker(shared, tmp_path)(planned_trials(shared, DATA)[0], 1)
     assert spec.resources_per_worker == {"CPU": 1.0, "GPU": 0.5} and spec.runtime.memory_share == 0.5
 
@@ -80,6 +84,9 @@ def test_what_cannot_share_is_refused_before_it_starts(tmp_path: Path, here: Her
     crowded = replace(FOUR, device="h100", trials_per_device=200, cells=(Cell(model=MODEL, horizon=HORIZON, overrides=KNOBS),))
     with pytest.raises(ConfigError, match=r"a trial needs .* by estimate and 1/200 of h100 offers 0.37 GB; set trials_per_device"):
         execute_sweep(crowded, Workspace(tmp_path), data=DATA, train_function=TRAIN, mlflow_uri="")
+    wide = replace(crowded, trials_per_device=40, space={"model.model_dim": Grid([32, 4096])})
+    with pytest.raises(ConfigError, match=r"1/40 of h100 offers 1.84 GB; set trials_per_device"):
+        execute_sweep(wide, Workspace(tmp_path), data=DATA, train_function=TRAIN, mlflow_uri="")
     assert notes(tmp_path, "start") == []
 
 
@@ -126,6 +133,7 @@ def test_the_driver_of_a_train_trial_holds_nothing_that_its_workers_need() -> No
 
     spec = TrialSpec(run_id="x", config=config, runtime=RuntimeConfig(), run_dir="x", backend="train", num_workers=2)
     assert not set(trial_resources(spec)) & {"CPU", "GPU"}
+    assert 256 * trial_resources(spec)["node:__internal_head__"] < 1, "a head holds the drivers of a fleet's trials"
     assert trial_resources(replace(spec, backend="actor")) == {"CPU": 1.0}
 
 
@@ -146,12 +154,15 @@ class Trials:
 
 def test_no_more_trials_are_placed_than_the_cluster_holds_workers(tmp_path: Path) -> None:
     pairs = replace(FOUR, devices_per_trial=2)
-    make = SpecMaker([pairs], Workspace(tmp_path), has_gpu=False)
+    make = SpecMaker([pairs], Workspace(tmp_path), has_gpu=False, placement_seconds=900)
     room = {"CPU": 5.0}
     scheduler = Scheduler(Trials(pairs), make, None, capacity=lambda: room, max_concurrent=None, placement_seconds=1)  # type: ignore[arg-type]
     assert [scheduler.suggest(str(i)) is not None for i in range(3)] == [True, True, False], "4 of 5 CPUs: a third would starve"
     room["CPU"] = 6.0
     assert scheduler.suggest("3") is not None and scheduler.suggest("4") is None, "a cluster that grows takes more"
+    assert scheduler.assigned["3"].spec.placement_seconds == 900, "Ray Train waits as long for a node that is yet to start"
+    text = not_placed("it waited 9 s", {"GPU": 2.0}, {"gpu": "h100"}, {"GPU": 8.0}, {"GPU": 8.0})
+    assert "2 GPU on nodes labelled gpu=h100 and was not placed" in text and "not together on one such node" in text
 
 
 def test_train_workers_that_find_no_place_are_named_with_what_there_is(tmp_path: Path, here: Here) -> None:
@@ -160,7 +171,9 @@ def test_train_workers_that_find_no_place_are_named_with_what_there_is(tmp_path:
     holder = ray.remote(num_cpus=1)(type("Holder", (), {"ready": lambda self: True})).remote()  # type: ignore[attr-defined]
     assert ray.get(holder.ready.remote())
     try:
-        with pytest.raises(ConfigError, match=r"waited 3 s for 2 × 1 CPU and was not placed; the cluster has 2 CPU.*free 1 CPU"):
+        with pytest.raises(
+            ConfigError, match=r"waited 3 s for 2 CPU and was not placed: the cluster has 2 CPU.*free 1 CPU.* 1 CPU short"
+        ):
             run_training_on_ray_train(
                 tiny_config(), run_dir=tmp_path, num_workers=2, use_gpu=False, placement_seconds=3, train_function=TRAIN
             )

@@ -82,11 +82,12 @@ def test_three_runs_on_two_devices() -> None:
     assert simulated.device_seconds["useful"] == 60 and simulated.device_seconds["idle"] == 0
 
     overheads = replace(NOTHING, driver=0.2, process=5.0, imports=3.0)
-    simulated = simulate_once(setting_of(sweep_of(10, 30, 20), fleet, overheads=overheads), 0)
-    # first: 0.1 + 5 to its start, 3 + 30. second, after the first process: 5.1 + 0.1 + 5, 3 + 20, 0.1 for its end; then 0.1 + 10
-    # and 0.1, in a process that has all imports
-    assert simulated.wall_seconds == pytest.approx(10.2 + 23 + 0.1 + 0.1 + 10 + 0.1)
-    check_books(simulated, fleet)
+    # first: 0.1 + 5 to its start, 3 + 30. second: 0.2 + 5, or, where one process starts at a time, 5.1 + 0.1 + 5; 3 + 20, 0.1 for
+    # its end; then 0.1 + 10 and 0.1, in a process that has all imports
+    for pending, second_starts in ((2, 5.2), (1, 10.2)):
+        simulated = simulate_once(setting_of(sweep_of(10, 30, 20), fleet, overheads=replace(overheads, pending=pending)), 0)
+        assert simulated.wall_seconds == pytest.approx(second_starts + 23 + 0.1 + 0.1 + 10 + 0.1)
+        check_books(simulated, fleet)
 
 
 def test_the_cap_and_the_sampler_hold_back_what_would_fit() -> None:
@@ -147,13 +148,16 @@ def test_every_device_second_is_booked_once(fields: dict[str, Any]) -> None:
         )
 
     setting = setting_of(sweep, fleet, job, overheads=Overheads(detect=60.0), spread=0.1)
+    failed = 0
     for seed in range(8):
         simulated = simulate_once(setting, seed)
         check_books(simulated, fleet)
-        assert simulated.node_failures and simulated.failed_attempts and simulated.unfinished == 0
+        assert simulated.node_failures and simulated.unfinished == 0
+        failed += simulated.failed_attempts
         work = sum(range(60, 100)) * setting.workers.count * setting.workers.devices_per_slot
         trained = simulated.device_seconds["useful"] + simulated.device_seconds["slow"]
         assert trained == pytest.approx(work, rel=0.25), "the work, but for the speed of the devices that did it"
+    assert failed > 8
 
 
 def test_one_long_run_takes_the_expected_time_under_failures() -> None:
@@ -294,7 +298,7 @@ def recorded_job(took: dict[int, float], trial: Trial) -> Job:
 def test_the_fit_of_a_recorded_sweep() -> None:
     """The runs of a real sweep on two CPUs (bench/simulate_check.py), as long as each took: the same wall-clock within 20%."""
     facts = json.loads((ROOT / "tests" / "support" / "recorded_sweep.json").read_text())
-    overheads = Overheads(command=0.0, **facts["overheads"])
+    overheads = Overheads(command=0.0, pending=1, **facts["overheads"])  # as Ray Tune was set when it was recorded
     for name in ("undisturbed", "kill -9"):
         real = facts[name]["real"]
         longest_first = sorted((r["seconds"] for r in real["runs"]), reverse=True)

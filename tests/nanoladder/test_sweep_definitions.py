@@ -100,6 +100,9 @@ def test_unknown_keys_name_the_nearest() -> None:
         apply_settings(sweep(), {"num_trial": "3"})
     with pytest.raises(ConfigError, match=r"runtime\.compile"):
         apply_settings(sweep(), {"runtime.compil": "off"})
+    with pytest.raises(ConfigError, match=r"--set runtime\.core_bundle"):  # every run would end without its metric
+        check_sweep(sweep(metric="core"))
+    check_sweep(apply_settings(sweep(metric="core"), {"runtime.core_bundle": "eval_bundle.zip"}))
     with pytest.raises(ConfigError, match="dimension"):
         apply_settings(sweep(space={"lr_multiplier": Grid([1, 2])}), {"lr_multiplier": "3"})
 
@@ -195,6 +198,10 @@ def test_a_sweep_file_is_loaded_without_effect_and_its_dry_run_prints_json(
         (["--set", "nonsense"], "key=value"),
         (["--set", "optimizer.matrix_l=1"], "optimizer.matrix_lr"),
         (["--set", "batch_tokens=1000", "--dry-run"], "not a multiple"),
+        (["--dry-run", "--device", "mi9000"], "not in the table"),
+        (["--json"], "goes with --dry-run"),
+        (["--max-concurrent", "0"], "max_concurrent 0 must be at least 1"),
+        (["--num-cpus", "-1"], "num_cpus -1 must be at least 1"),
         ([], "nanoladder data"),
     ],
 )

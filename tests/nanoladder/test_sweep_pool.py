@@ -209,9 +209,12 @@ def test_a_broken_record_is_named_and_kept(tmp_path: Path) -> None:
     assert path.read_text() == text[: len(text) // 2]
 
 
-def test_cmaes_needs_two_numbers(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cmaes"):
-        Bench(tmp_path, [make_sweep(space=LR, sampler="cmaes", num_trials=4)])
+def test_cmaes_needs_two_ranges(tmp_path: Path) -> None:
+    """Of a grid Optuna's CMA-ES would draw at random, without a word."""
+    grid = {**LR, "optimizer.weight_decay": Grid([0.01, 0.1])}
+    for space, words in ((LR, "this space has 1"), (grid, "optimizer.weight_decay is a Grid")):
+        with pytest.raises(ConfigError, match=f"cmaes needs two or more ranges.*{words}"):
+            Bench(tmp_path, [make_sweep(space=space, sampler="cmaes", num_trials=4)])
 
 
 def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path: Path) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
+from ray.tune.execution.tune_controller import _get_max_pending_trials
 from small_text import small_shards
 from task_files import write_jsonl
 from tiny_run import RUNTIME, tiny_config, tiny_shards
@@ -26,20 +30,25 @@ from nanochat_model.sft_recipe import TRAIN_FUNCTION
 from nanochat_model.shards import build_shards
 from nanochat_model.train import pretrain
 from nanoladder.execute import execute_sweep, execute_sweeps
+from nanoladder.handout import MAX_PENDING
 from nanoladder.ladder import Ladder, Stage, execute_ladder
 from nanoladder.listen import Listener, SweepProgress
+from nanoladder.own_devices import HIDES
 from nanoladder.promote import read_promotions
 from nanoladder.ray_executor import RayExecutor
-from nanoladder.ray_init import check_temp_dir, ensure_ray, secure_token_file, shutdown_ray
+from nanoladder.ray_init import SETTINGS, check_temp_dir, ensure_ray, remove_stale_sessions, secure_token_file, shutdown_ray
+from nanoladder.schedule_trials import PoolSearcher
 from nanoladder.sft_sweep import SFTSweep
 from nanoladder.space import Grid
+from nanoladder.stopping import SweepStopped, request_stop
 from nanoladder.sweep import Cell, Sweep
 from nanoladder.sweep_command import load_sweep
 from nanoladder.sweep_index import read_index
 from nanoladder.tracking import connect
-from nanoladder.train_backend import run_training_on_ray_train
+from nanoladder.train_backend import START_TIMEOUT_ENV, run_training_on_ray_train
 from nanoladder.workspace import Workspace
 
+pytestmark = pytest.mark.seconds(110)
 DATA = DataConfig(manifest_hash="toy")
 TOY = Sweep(name="toy", question="?", cells=(CELL,))
 SUPPORT = str(Path(__file__).parents[1] / "support")
@@ -121,8 +130,10 @@ def mlflow_has_it_all(workspace: Workspace, found: list[list[RunRecord]]) -> Non
             assert float(child.data.params["optimizer.matrix_lr"]) == record.config.optimizer.matrix_lr
             history = client.get_metric_history(child.info.run_id, "val_bpb")
             assert [(m.step, m.value) for m in history] == [(p.step, p.val_bpb) for p in record.curve]
-            for key, axis in (("by_gflops/val_bpb", 1e-9), ("train_flops", 1)):
-                assert len(client.get_metric_history(child.info.run_id, key)) == len(record.curve), axis
+            for key in ("by_gflops/val_bpb", "by_milliseconds/val_bpb", "train_flops", "train_seconds"):
+                assert len(client.get_metric_history(child.info.run_id, key)) == len(record.curve), key
+            (milliseconds,) = {m.step for m in client.get_metric_history(child.info.run_id, "by_milliseconds/val_bpb")[-1:]} or {0}
+            assert milliseconds == (round(1000 * record.curve[-1].seconds) if record.curve else 0)
 
 
 def test_a_mistake_of_the_user_ends_the_sweep_at_once_in_one_line(tmp_path: Path) -> None:
@@ -140,16 +151,32 @@ def test_a_trial_that_fits_nowhere_is_refused_before_it_waits(tmp_path: Path) ->
 
 
 def test_a_trial_whose_resources_others_hold_is_named_by_the_watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
     holder = ray.remote(num_cpus=2)(type("Holder", (), {"ready": lambda self: True})).remote()  # type: ignore[attr-defined]
     assert ray.get(holder.ready.remote())
+    workspace = Workspace(tmp_path)
     monkeypatch.setenv("NANOLADDER_PLACEMENT_SECONDS", "2")
     try:
-        with pytest.raises(ConfigError, match="was not placed; free on the cluster: nothing"):
-            execute_sweep(TOY, Workspace(tmp_path), data=DATA, train_function=TRAIN, mlflow_uri="")
+        with pytest.raises(ConfigError, match="for 1 CPU and was not placed: the cluster has 2 CPU, free nothing, 1 CPU short"):
+            execute_sweep(TOY, workspace, data=DATA, train_function=TRAIN, mlflow_uri="")
+        monkeypatch.setenv("NANOLADDER_PLACEMENT_SECONDS", "600")
+        with pytest.raises(SweepStopped, match="toy stopped on request"):  # nothing runs, so there is nothing to wait for
+            execute_sweep(TOY, workspace, listeners=[Asks(workspace)], data=DATA, train_function=TRAIN, mlflow_uri="")
+        monkeypatch.setenv("NANOLADDER_PLACEMENT_SECONDS", "soon")
+        with pytest.raises(ConfigError, match="NANOLADDER_PLACEMENT_SECONDS='soon' must be a positive number"):
+            execute_sweep(TOY, workspace, data=DATA, train_function=TRAIN, mlflow_uri="")
     finally:
         ray.kill(holder)
+    assert notes(tmp_path, "start") == []
+
+
+class Asks(Listener):
+    """Asks for an end as soon as the sweep is at work."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._folder = workspace.sweep_dir("toy")
+
+    def on_tick(self) -> None:
+        request_stop(self._folder)
 
 
 def test_both_backends_train_the_same_model_to_the_same_loss(tmp_path: Path) -> None:
@@ -169,7 +196,6 @@ def test_both_backends_train_the_same_model_to_the_same_loss(tmp_path: Path) -> 
     assert actor.run_id == train.run_id and train.status == "complete"
     assert [p.val_bpb for p in train.curve] == pytest.approx([p.val_bpb for p in actor.curve], rel=1e-4)
     assert {"start", "eval"} <= {e["event"] for e in heard.events}
-    assert not (tmp_path / "train" / "runs" / train.run_id / "checkpoints").exists(), "a finished trial keeps no checkpoint"
 
 
 def test_a_ladder_promotes_what_wins_and_records_why(tmp_path: Path) -> None:
@@ -182,7 +208,7 @@ def test_a_ladder_promotes_what_wins_and_records_why(tmp_path: Path) -> None:
         stages=(Stage(name="d2", cells=(CELL,)), Stage(name="d3", cells=(large,), seeds=(0, 1, 2, 3))),
     )
     # The candidate's override must win over the cell's own.
-    promotions = execute_ladder(ladder, workspace, data=DATA, train_function=TRAIN)
+    promotions = execute_ladder(ladder, workspace, data=DATA, train_function=TRAIN, max_concurrent=1)
     assert [(p.stage, p.change, p.verdict, p.n_seeds) for p in promotions] == [
         ("d2", "half lr", "adopt", 3), ("d2", "eight lr", "reject", 3), ("d3", "half lr", "adopt", 4),
     ]  # fmt: skip
@@ -194,6 +220,7 @@ def test_a_ladder_promotes_what_wins_and_records_why(tmp_path: Path) -> None:
     experiment = client.get_experiment_by_name("nanoladder").experiment_id
     tagged = client.search_runs([experiment], filter_string="tags.`nanoladder.verdict` = 'adopt'")
     assert {r.data.tags["nanoladder.run_id"] for r in tagged} == {i for p in promotions if p.verdict == "adopt" for i in p.run_ids}
+    assert {r.data.tags["nanoladder.stage"] for r in tagged} == {"d2", "d3"}
 
     hopeless = replace(ladder, name="hopeless", variants={"eight lr": {"optimizer.matrix_lr": 0.16}})
     promotions = execute_ladder(hopeless, workspace, data=DATA, train_function=TRAIN, mlflow_uri="")
@@ -202,6 +229,25 @@ def test_a_ladder_promotes_what_wins_and_records_why(tmp_path: Path) -> None:
         "d3": "no candidate won the stage before"
     }
     assert len(notes(tmp_path, "start")) == 3 * 3 + 2 * 4, "the second ladder only asks for what the first has run"
+
+
+def test_every_setting_is_one_that_this_ray_reads() -> None:
+    names = {*SETTINGS, *HIDES, START_TIMEOUT_ENV}
+    folders = [Path(ray.__file__).parent / name for name in ("_private", "_common", "air", "train", "tune")]
+    texts = [p.read_text(encoding="utf8") for folder in folders for p in folder.rglob("*.py")]
+    unknown = {name for name in names if not any(f'"{name}"' in text for text in texts)}
+    assert not unknown, "renamed by Ray, and without effect"
+    assert _get_max_pending_trials(PoolSearcher(None)) == MAX_PENDING > 1  # type: ignore[arg-type]
+
+
+def test_what_killed_commands_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    over = subprocess.Popen([sys.executable, "-c", ""])
+    over.wait()
+    for pid in (over.pid, os.getpid()):
+        (tmp_path / f"session_2026-01-01_00-00-00_000000_{pid}" / "logs").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    remove_stale_sessions(tmp_path)
+    assert {p.name.rpartition("_")[2] for p in tmp_path.iterdir()} == {str(os.getpid()), "notes"}
 
 
 def test_the_token_is_private_and_a_long_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +276,7 @@ def test_fine_tunings_are_swept_recorded_and_the_same_on_two_workers(tmp_path: P
     sweep, rest = question.resolve(given)
     assert rest == given[:2]
     sweep = replace(sweep, space={"lr_multiplier": Grid([0.5, 2.0])}, runtime=RUNTIME)
-    slow, fast = execute_sweep(sweep, Workspace(tmp_path), mlflow_uri="")
+    slow, fast = execute_sweep(sweep, Workspace(tmp_path), mlflow_uri="", max_concurrent=1)
     assert all(r.status == "complete" and r.kind == "sft" and r.backend == "actor" for r in (slow, fast))
     assert fast.config.optimizer.matrix_lr == pytest.approx(4 * slow.config.optimizer.matrix_lr) and fast.val_bpb != slow.val_bpb
     assert slow.parents["base"] == fast.parents["base"] and slow.config.trunk == f"sft:{slow.parents['base']}"

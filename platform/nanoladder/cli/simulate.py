@@ -50,7 +50,7 @@ class SpeedOptions:
     driver_seconds: float = Overheads.driver
     """Of the driver a trial, one after another."""
     process_seconds: float = Overheads.process
-    """To start a trial's process, one at a time."""
+    """To start a trial's process."""
     detect_seconds: float = Overheads.detect
     """Until a lost node is noticed."""
     checkpoint_gbytes_per_second: float = Overheads.checkpoint_bytes_per_second / 1e9

@@ -32,8 +32,10 @@ def build_application(model: ModelOptions, listen: ListenOptions, *, replicas: i
         """One copy of the model."""
 
         def __init__(self, model: ModelOptions, listen: ListenOptions) -> None:
+            from nanoladder.own_devices import see_own_devices
             from nanoladder.serve.service import load_service
 
+            see_own_devices()
             self.service = load_service(model)
             self.listen = listen
 

@@ -101,7 +101,7 @@ class Engine:
     def _new_stage(self) -> None:
         self._room = Room(self._max_concurrent)
         self._held: Trial | None = None
-        self._pending: _Attempt | None = None
+        self._pending: list[_Attempt] = []  # waiting for a place or a process, in the order in which they were given out
         self._warm: set[tuple[int, int]] = set()  # slots with an idle process
         self._idle_drivers = 0  # idle processes that have driven Ray Train
 
@@ -145,8 +145,8 @@ class Engine:
     # --- runs ---
 
     def _give_out(self) -> None:
-        """As Tune with the real scheduler: no further run while one waits for its place or its process."""
-        while self._pool is not None and self._pending is None and not self._room.full:
+        """As Tune with the real scheduler: no further run while as many as may be wait for a place or a process."""
+        while self._pool is not None and len(self._pending) < self.overheads.pending and not self._room.full:
             trial = self._held or self._pool.next()
             self._held = None
             if trial is None:
@@ -155,21 +155,26 @@ class Engine:
                 self._held = trial
                 return
             self._room.take(self.workers.need)
-            self._pending = _Attempt(trial=trial, job=self._job_of(trial), number=self.given_out)
+            attempt = _Attempt(trial=trial, job=self._job_of(trial), number=self.given_out)
             self.given_out += 1
-            self._active.add(self._pending)
+            self._pending.append(attempt)
+            self._active.add(attempt)
             self._place()
 
     def _place(self) -> None:
-        attempt = self._pending
-        if attempt is None or attempt.slots or attempt.ended is not None:  # none, placed, or lost with its node
-            return
-        slots = self._find_slots(attempt.job)
-        if slots is None:
-            return
+        """Give the runs that wait a place, as far as there is room."""
+        for attempt in self._pending:
+            if attempt.slots or attempt.ended is not None:  # placed, or lost with its node
+                continue
+            slots = self._find_slots(attempt.job)
+            if slots is None:
+                return
+            self._put(attempt, slots)
+
+    def _put(self, attempt: _Attempt, slots: Sequence[tuple[int, int]]) -> None:
         for node, slot in slots:
             self._free[node].remove(slot)
-        attempt.slots, attempt.placed_at = slots, self.now
+        attempt.slots, attempt.placed_at = list(slots), self.now
         warm = slots[0] in self._warm if attempt.job.own_process else self._idle_drivers > 0
         self._warm -= set(slots)
         if not attempt.job.own_process and warm:
@@ -190,8 +195,8 @@ class Engine:
         return [(node, slot) for _, node in chosen for slot in sorted(self._free[node])][:count]
 
     def _started(self, attempt: _Attempt) -> None:
-        if self._pending is attempt:
-            self._pending = None
+        if attempt in self._pending:
+            self._pending.remove(attempt)
         if attempt.ended is None:
             self._begin(attempt)
         self._give_out()
@@ -220,8 +225,8 @@ class Engine:
     def _settle(self, attempt: _Attempt) -> None:
         """The driver knows that an attempt has ended: slots are free again, and the pool says what is next."""
         self._active.discard(attempt)
-        if self._pending is attempt:
-            self._pending = None
+        if attempt in self._pending:
+            self._pending.remove(attempt)
         self._hold(attempt, attempt.slots)
         for node, slot in attempt.slots:
             self._free[node].append(slot)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nanochat_model.errors import ConfigError
+from nanoladder.handout import MAX_PENDING
 from nanoladder.trial_needs import total_need
 
 
@@ -43,8 +44,9 @@ class Overheads:
     """Seconds that are not training."""
 
     driver: float = 0.2  # of the driver a trial, one after another: 0.19 measured over 2,000 trials (bench/sweep_overhead.py)
-    process: float = 4.0  # to start a trial's process: measured on two busy CPU cores (bench/simulate_check.py). Tune starts one
-    # at a time (its limit of pending trials is 1 for a searcher of our own), and uses idle ones again
+    process: float = 4.0  # to start a trial's process: measured on two busy CPU cores (bench/simulate_check.py); idle ones are
+    # used again
+    pending: int = MAX_PENDING  # trials that wait for a place or a process at a time
     imports: float = 4.0  # of torch and the rest in a new process, beside others: measured there
     train_start: float = 15.0  # of Ray Train's workers: measured on two CPU cores
     detect: float = 30.0  # until Ray gives up a node that no longer answers: assumed
@@ -58,6 +60,8 @@ class Overheads:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"overhead {name} {value} must be 0 or more seconds")
+        if self.pending < 1:
+            raise ConfigError(f"overhead pending {self.pending} must be at least 1 trial")
         if not self.checkpoint_bytes_per_second > 0:
             raise ConfigError(f"checkpoint_bytes_per_second {self.checkpoint_bytes_per_second} must be positive")
 

@@ -63,7 +63,7 @@ def assumptions(target: Sweep | Ladder, setting: Setting, spread_source: str) ->
         f"{MAX_COMMANDS} times"
     )
     lines.append(
-        f"{o.driver:g} s of the driver a trial; {o.process:g} s to start a process, one at a time, and {o.imports:g} s for its "
+        f"{o.driver:g} s of the driver a trial; {o.process:g} s to start a process, {o.pending} at a time, {o.imports:g} s for its "
         f"imports; {o.train_start:g} s for Ray Train; checkpoints at {o.checkpoint_bytes_per_second / 1e9:g} GB/s"
     )
     lines.append("the fleet is booked from the first start to the last end; memory is not checked (--dry-run does)")
