@@ -10,6 +10,7 @@ import pandas as pd
 
 from analysis.purposes import assign_purposes
 from analysis.report import format as fmt
+from analysis.stage_ranks import stage_ranks
 from analysis.table import RunTable
 
 RUN_KEYS = (
@@ -79,7 +80,8 @@ def with_production(held_out: dict[str, Any], production: Mapping[str, Any]) -> 
 
 
 def promotion_facts(promotions: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
-    """Rows as given (change, stage, verdict, axes {steps, flops, seconds: {gain, low, high, p_value}}) and a sentence."""
+    """Rows as given (change, stage, verdict, axes {steps, flops, seconds: {gain, low, high, p_value}}), how far stages rank alike,
+    and that in words."""
     if not promotions:
         return {"missing": NO_PROMOTIONS}
     rows = [{**p, "axes": dict(p.get("axes") or {})} for p in promotions]
@@ -89,7 +91,12 @@ def promotion_facts(promotions: Sequence[Mapping[str, Any]] | None) -> dict[str,
         names = [change for change, found in last.items() if found == verdict]
         parts += [f"{word} {fmt.join(names)}"] if names else []
     text = f"{fmt.plural(len(last), 'change')} in {fmt.plural(len(rows), 'comparison')}, by the latest stage: {'; '.join(parts)}."
-    return {"rows": rows, "text": text}
+    hurt = [c for c, found in last.items() if found == "reject" and any(p["change"] == c and p["verdict"] == "adopt" for p in rows)]
+    text += f" Won at a smaller stage and hurts at the latest: {fmt.join(hurt)}." if hurt else ""
+    ranks = stage_ranks(rows)
+    for r in (r for r in ranks if r["spearman"] is not None):
+        text += f" The gains of {r['n']} changes at {' and '.join(r['stages'])} correlate in rank by {r['spearman']:+.2f}."
+    return {"rows": rows, "rank_correlations": ranks, "text": text}
 
 
 def cost_facts(table: RunTable) -> dict[str, Any]:

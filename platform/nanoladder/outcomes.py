@@ -91,11 +91,13 @@ def read_production(workspace: Workspace) -> dict[str, Any] | None:
 
 
 def read_promotions(workspace: Workspace) -> list[dict[str, Any]]:
-    """The verdicts of every ladder under the root, in the order of their names."""
+    """The verdicts of every ladder under the root, in the order of their names; each says of which ("ladder")."""
     from nanoladder.promote import PROMOTIONS_FILE
     from nanoladder.promote import read_promotions as read_file
 
-    return [p for path in sorted((workspace.root / "sweeps").rglob(PROMOTIONS_FILE)) for p in read_file(path)]
+    root = workspace.root / "sweeps"
+    paths = sorted(root.rglob(PROMOTIONS_FILE))
+    return [{**p, "ladder": path.parent.relative_to(root).as_posix()} for path in paths for p in read_file(path)]
 
 
 def read_fronts(workspace: Workspace) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -178,17 +177,9 @@ def _with_history(message: str, name: str, stage: str, verdict: str, before: Seq
 
 def rank_correlations(promotions: Sequence[Promotion]) -> list[dict[str, Any]]:
     """Spearman's correlation of the candidates' gains between consecutive stages, where three or more met at both."""
-    from scipy import stats
+    from analysis.stage_ranks import stage_ranks
 
-    stages = list(dict.fromkeys(p.stage for p in promotions))
-    found = []
-    for first, second in itertools.pairwise(stages):
-        gains = [{p.change: p.gain for p in promotions if p.stage == s and np.isfinite(p.gain)} for s in (first, second)]
-        common = [c for c in gains[0] if c in gains[1]]
-        if len(common) >= 3:
-            value = float(stats.spearmanr([gains[0][c] for c in common], [gains[1][c] for c in common]).statistic)
-            found.append({"stages": [first, second], "n": len(common), "spearman": value if np.isfinite(value) else None})
-    return found
+    return stage_ranks([{"change": p.change, "stage": p.stage, "gain": p.gain} for p in promotions])
 
 
 def not_reached(stages: Sequence[str], goes_on: bool) -> dict[str, str]:

@@ -13,6 +13,8 @@ from synthetic_ladder import DEMO, write_ladder
 from analysis.compare import compare_recipes, compare_runs, frontier_slope, promotion_test
 from analysis.errors import DataError
 from analysis.noise import SeedNoise, estimate_noise
+from analysis.report.facts_runs import promotion_facts
+from analysis.stage_ranks import stage_ranks
 from analysis.table import load_records, table_from_frame
 
 
@@ -187,3 +189,19 @@ def test_comparing_runs_of_a_table(tmp_path):
     with pytest.raises(DataError, match="2 kinds that are not comparable"):
         compare_runs(other, seeds[:1], seeds[1:2])
     assert compare_runs(other, seeds[:1], seeds[1:2], force=["feed", "beef"]).axes["flops"].verdict == "undecided"
+
+
+def test_stages_that_rank_changes_differently_are_shown():
+    gains = {"a": (0.03, 0.02, 0.01), "b": (0.02, 0.03, -0.01)}
+    rows = [
+        {"ladder": "l", "change": change, "stage": stage, "gain": gain, "verdict": "adopt" if gain > 0 else "reject"}
+        for stage, column in gains.items()
+        for change, gain in zip("xyz", column, strict=True)
+    ]
+    assert stage_ranks(rows) == [{"ladder": "l", "stages": ["a", "b"], "n": 3, "spearman": pytest.approx(0.5)}]
+    text = promotion_facts(rows)["text"]
+    assert "Won at a smaller stage and hurts at the latest: z." in text
+    assert "The gains of 3 changes at a and b correlate in rank by +0.50." in text
+    assert stage_ranks([{**r, "gain": None} if r["change"] == "x" else r for r in rows]) == [], "two say nothing"
+    assert stage_ranks([{**r, "ladder": r["stage"]} for r in rows]) == [], "stages of different ladders have nothing to do"
+    assert stage_ranks([{**r, "gain": 0.0} if r["stage"] == "b" else r for r in rows])[0]["spearman"] is None
