@@ -201,7 +201,11 @@ def test_without_a_server_it_says_so(browser: Page, run_dir: Path) -> None:
         browser.view(1280)
         browser.goto(url)
         assert "API key" in browser.evaluate("document.querySelector('.error').textContent")
-        browser.evaluate("(k => { k.value = 'secret'; k.dispatchEvent(new Event('change')); })(document.getElementById('key'))")
+        change = "(k => { k.value = '%s'; k.dispatchEvent(new Event('change')); })(document.getElementById('key'))"
+        browser.evaluate("document.querySelector('.error').remove()")
+        browser.evaluate(change % "wrong")
+        browser.wait("document.querySelector('.error')")
+        browser.evaluate(change % "secret")
         browser.wait("document.querySelector('.welcome')")
     write(browser, "hello")
     browser.wait("document.querySelector('.message .error')")

@@ -260,12 +260,12 @@ function begin() {
   $("stop").addEventListener("click", () => { stop(); $("input").focus(); });
   $("new").addEventListener("click", newChat);
   $("card-button").addEventListener("click", () => toggleCard());
-  $("key").addEventListener("change", () => loadCard().catch(() => {}));
-  show();
-  loadCard().then(() => { document.documentElement.dataset.ready = "true"; }, (error) => {
-    $("log").replaceChildren(make("p", { class: "error", role: "alert" }, `${error.message}.`));
-    document.documentElement.dataset.ready = "true";
+  const readCard = () => loadCard().catch((error) => {
+    if (!messages.length) $("log").replaceChildren(make("p", { class: "error", role: "alert" }, `${error.message}.`));
   });
+  $("key").addEventListener("change", readCard);
+  show();
+  readCard().then(() => { document.documentElement.dataset.ready = "true"; });
   if (WIDE.matches) $("input").focus();
 }
 
