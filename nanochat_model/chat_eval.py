@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nanochat_model import gpt
+from nanochat_model.accuracy import accuracy_standard_error
 from nanochat_model.batching import Request, run_requests
 from nanochat_model.conversations import render_prompt
 from nanochat_model.distributed import all_sum, current_ranks
@@ -38,7 +39,7 @@ Progress = Callable[[str, int, int], None]  # (task, problems done, problems in 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatTaskResult:
-    """One task. `standard_error` is that of `centered`, from the binomial spread over its problems."""
+    """One task. `standard_error` is that of `centered`, from the spread over its problems (`accuracy_standard_error`)."""
 
     task: str
     kind: str
@@ -190,7 +191,7 @@ def _evaluate_task(
         accuracy=accuracy,
         random_baseline=baseline,
         centered=(accuracy - baseline) / scale,
-        standard_error=math.sqrt(accuracy * (1 - accuracy) / num) / scale,
+        standard_error=accuracy_standard_error(accuracy, num) / scale,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nanochat_model import gpt
+from nanochat_model.accuracy import accuracy_standard_error
 from nanochat_model.core_bundle import Task, load_bundle
 from nanochat_model.distributed import all_sum, current_ranks
 from nanochat_model.loss import softcapped_logits
@@ -26,7 +27,7 @@ LOGIT_TOKENS = 4096  # continuation positions whose (n, V) logits exist at a tim
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """One task. `standard_error` is that of `centered`, from the binomial spread over its examples."""
+    """One task. `standard_error` is that of `centered`, from the spread over its examples (`accuracy_standard_error`)."""
 
     label: str
     kind: str
@@ -107,7 +108,7 @@ def _evaluate_task(model: Any, tokenizer: Any, task: Task, max_batch_tokens: int
         accuracy=accuracy,
         random_baseline=task.random_baseline,
         centered=(accuracy - task.random_baseline) / scale,
-        standard_error=math.sqrt(accuracy * (1 - accuracy) / num) / scale,
+        standard_error=accuracy_standard_error(accuracy, num) / scale,
     )
 
 

@@ -9,6 +9,7 @@ from task_files import arc_rows, gsm8k_rows, humaneval_rows, smoltalk_rows, writ
 from tiny_run import RUNTIME, tiny_config, tiny_shards
 
 from nanochat_model import chat_eval
+from nanochat_model.accuracy import accuracy_standard_error
 from nanochat_model.chat_eval import ChatEvalOptions, ChatEvalResult, evaluate_chat, run_chat_eval
 from nanochat_model.conversations import render_prompt
 from nanochat_model.engine import generate
@@ -53,10 +54,21 @@ def test_chatcore_is_the_mean_of_centred_accuracies(result: ChatEvalResult) -> N
         baseline = 0.25 if t.kind == "categorical" else 0.0
         assert t.random_baseline == baseline and t.accuracy == t.num_correct / t.num_problems
         assert t.centered == pytest.approx((t.accuracy - baseline) / (1 - baseline))
-        assert t.standard_error == pytest.approx(math.sqrt(t.accuracy * (1 - t.accuracy) / t.num_problems) / (1 - baseline))
+        assert t.standard_error == pytest.approx(accuracy_standard_error(t.accuracy, t.num_problems) / (1 - baseline))
     assert result.score == pytest.approx(sum(t.centered for t in result.tasks) / 5)
     assert result.standard_error == pytest.approx(math.sqrt(sum(t.standard_error**2 for t in result.tasks)) / 5)
     assert result.as_metrics()["chatcore"] == result.score and result.as_dict()["tasks"][0]["task"] == "ARC-Easy"
+
+
+def test_the_error_of_a_share_is_that_of_two_more_right_and_two_more_wrong_answers() -> None:
+    for none_or_all in (0.0, 1.0):
+        assert accuracy_standard_error(none_or_all, 10) == pytest.approx(math.sqrt(2 * 12 / 14**3))
+    assert accuracy_standard_error(0.92, 200) == pytest.approx(math.sqrt(186 * 18 / 204**3))
+    assert accuracy_standard_error(0.3, 100_000) == pytest.approx(math.sqrt(0.3 * 0.7 / 100_000), rel=1e-4)
+    # The interval of 95% holds the truth at least about as often as it says, also at p = 0.05 and n = 10.
+    held = [abs((k + 2) / 14 - 0.05) <= 1.96 * accuracy_standard_error(k / 10, 10) for k in range(11)]
+    chance = [math.comb(10, k) * 0.05**k * 0.95 ** (10 - k) for k in range(11)]
+    assert sum(c for c, h in zip(chance, held, strict=True) if h) > 0.93
 
 
 def test_letters_are_compared_one_problem_at_a_time(model: GPT, tokenizer: Tokenizer, root: Path, result: ChatEvalResult) -> None:
@@ -116,7 +128,8 @@ def test_a_model_that_knows_the_answers_gets_them_all(tokenizer: Tokenizer, mode
 
     monkeypatch.setattr(chat_eval, "run_requests", replies)
     found = evaluate_chat(model, tokenizer, tasks, options=OPTIONS)
-    assert [(t.task, t.accuracy, t.standard_error) for t in found.tasks] == [("sums", 1.0, 0.0), ("programs", 1.0, 0.0)]
+    assert [(t.task, t.accuracy) for t in found.tasks] == [("sums", 1.0), ("programs", 1.0)]
+    assert all(0.1 < t.standard_error < 0.2 for t in found.tasks), "six and four right answers do not say that all will be"
     assert found.score == 1.0 and final_number("#### 10") == "10"
 
 

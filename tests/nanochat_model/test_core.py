@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import random
 import zipfile
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 from tiny_run import RUNTIME, tiny_config, tiny_shards
 
 from nanochat_model import core
+from nanochat_model.accuracy import accuracy_standard_error
 from nanochat_model.callbacks import Callback
 from nanochat_model.checkpoint import load_model
 from nanochat_model.core import evaluate_core, prompts
@@ -93,7 +93,7 @@ def test_batches_score_as_one_at_a_time(bundle: Path, model: GPT, max_batch_toke
         assert found.label == task.label and found.accuracy == pytest.approx(accuracy) and found.num_examples == len(right)
         centered.append((accuracy - task.random_baseline) / (1 - task.random_baseline))
         assert found.centered == pytest.approx(centered[-1])
-        spread = math.sqrt(accuracy * (1 - accuracy) / len(right)) / (1 - task.random_baseline)
+        spread = accuracy_standard_error(accuracy, len(right)) / (1 - task.random_baseline)
         assert found.standard_error == pytest.approx(spread)
     assert result.core == pytest.approx(sum(centered) / 3)
     assert result.as_metrics()["core/words"] == pytest.approx(centered[2])
@@ -163,7 +163,9 @@ def test_a_zip_and_a_limit(bundle: Path, tmp_path: Path) -> None:
     assert tasks[1].examples == load_bundle(str(bundle))[1].examples[:4]
     torn = tmp_path / "torn.zip"
     data = bytearray(archive.read_bytes())
-    data[40] ^= 0xFF  # in the first file's name: the directory at the end is whole
+    with zipfile.ZipFile(archive) as z:
+        first = next(info for info in z.infolist() if not info.is_dir())
+    data[first.header_offset + 40] ^= 0xFF  # in a file's name: the directory at the end is whole
     torn.write_bytes(data)
     with pytest.raises(ConfigError, match="not a whole zip file"):
         load_bundle(str(torn))

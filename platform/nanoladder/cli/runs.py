@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from nanochat_model import train_cli
+from nanochat_model.errors import ConfigError
 from nanochat_model.record import RunRecord
 from nanochat_model.step_shares import PARTS
 from nanoladder.cli.common import Json, Storage, duration, human, print_json, print_table
@@ -83,6 +84,8 @@ class Runs:
     def run(self) -> int:
         import sys
 
+        if self.limit < 0:
+            raise ConfigError(f"limit {self.limit} must be 0 (all) or more")
         records, broken = Workspace(self.storage).read_records(sweep=self.sweep)
         rows = sorted((run_facts(r) for r in records), key=lambda row: _sort_key(row, self.sort))
         rows = rows[: self.limit] if self.limit else rows
@@ -194,8 +197,6 @@ def format_times(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _sort_key(row: dict[str, Any], column: str) -> tuple[bool, Any]:
-    from nanochat_model.errors import ConfigError
-
     if column not in row:
         raise ConfigError(f"cannot sort by {column!r}; columns: {', '.join(k for k in row if k != 'tags')}")
     value = row[column]
