@@ -122,7 +122,7 @@ def promotion_test(
     half = float(stats.t.ppf(1 - alpha, difference.df)) * difference.se
     verdict: Verdict = "adopt" if p_value <= strict else "reject" if p_value >= 1 - alpha else "undecided"
     more = _runs_to_decide(gain - min_gain, difference, strict) if verdict == "undecided" else None
-    span = f"{1 - 2 * alpha:.0%} interval {gain - half:+.2%} to {gain + half:+.2%}"
+    span = f"{1 - 2 * alpha:.0%} interval of the gain {gain - half:+.2%} to {gain + half:+.2%}"
     text = f"{verdict}: {_words(gain)} ({span}), {seeds}, p = {p_value:.3g}"
     if verdict == "undecided":
         text += f"; {more} paired seeds would decide" if more else "; too small a gain to decide with any sensible number of runs"

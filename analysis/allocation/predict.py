@@ -120,10 +120,10 @@ class Predictor:
         distance = C / m.C_range[1]
         if distance > REFUSE_EXTRAPOLATION:
             reasons.add(
-                "refuse", f"{distance:.0f}x beyond the largest compute fitted ({m.C_range[1]:.3g} FLOPs): the limit is 100x"
+                "refuse", f"{distance:,.0f}x beyond the largest compute fitted ({m.C_range[1]:.3g} FLOPs): the limit is 100x"
             )
         elif distance > WARN_EXTRAPOLATION:
-            reasons.add("warn", f"{distance:.0f}x beyond the largest compute fitted ({m.C_range[1]:.3g} FLOPs)")
+            reasons.add("warn", f"{distance:,.0f}x beyond the largest compute fitted ({m.C_range[1]:.3g} FLOPs)")
         below = m.C_range[0] / C
         if below > WARN_EXTRAPOLATION:
             reasons.add("warn", f"{below:.0f}x below the smallest compute fitted ({m.C_range[0]:.3g} FLOPs)")

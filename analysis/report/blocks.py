@@ -36,6 +36,8 @@ WORDS = {
     "low": "low edge",
     "high": "high edge",
     "edge": "at the edge",
+    "warn": "with cautions",
+    "refuse": "not recommended",
 }
 
 

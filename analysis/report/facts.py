@@ -17,6 +17,7 @@ from analysis.report.facts_inside import inside_facts
 from analysis.report.facts_runs import cost_facts, noise_facts, production_facts, promotion_facts, run_columns, with_production
 from analysis.report.facts_settings import setting_facts
 from analysis.report.fronts import front_facts
+from analysis.report.next_steps import next_steps
 from analysis.report.verdict import verdict_facts
 from analysis.table import NO_CONVENTION, RunTable
 
@@ -63,6 +64,7 @@ def report_facts(
     facts["left_out"] = [x.as_dict() for x in table.left_out]
     facts["warnings"] = warning_facts(raw, table, facts)
     facts["verdict"] = verdict_facts(facts)
+    facts["next_steps"] = next_steps(facts)
     facts["runs"] = run_columns(table)
     return plain(facts)
 

@@ -92,7 +92,8 @@ def _text(block: Mapping[str, Any]) -> str:
     ratios = _last({k: v for k, v in block["ratio"].items() if k.startswith("layer")})
     if ratios:
         low, high = min(ratios.values()), max(ratios.values())
-        text += f" The last update moved its layers by {fmt.significant(low)} to {fmt.significant(high)} of their weights"
+        span = fmt.interval(low, high, fmt.significant) if high > low else fmt.significant(low)
+        text += f" The last update moved its layers by {span} of their weights"
         far = [k for k, v in ratios.items() if not HEALTHY_RATIO / FAR_RATIO <= v <= HEALTHY_RATIO * FAR_RATIO]
         text += f" (about 10^−3 is healthy; {fmt.join(far)} is far off)." if far else " (about 10^−3 is healthy)."
     dead, saturated, logits = (_last(block[k]) for k in ("dead", "saturated", "logit"))

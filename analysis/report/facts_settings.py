@@ -245,4 +245,6 @@ def _cells_text(cells: Sequence[Mapping[str, Any]]) -> str:
     total = fmt.plural(len(cells), "cell")
     if inside == len(cells):
         return f"all {total} have their optimum inside their grid" if inside > 1 else "one cell, with its optimum inside its grid"
+    if not inside:
+        return "no cell has its optimum inside the grid" if len(cells) > 1 else "its one cell has no optimum inside the grid"
     return f"{inside} of {total} {'has its' if inside == 1 else 'have their'} optimum inside the grid, the others are bounds"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from analysis.report import format as fmt
-from analysis.report.blocks import Figures, Html, join, lead, missing, table
+from analysis.report.blocks import Figures, Html, join, lead, table
 from analysis.report.sections import section
 
 NO_FRONTS = "No search with several objectives among these sweeps."
@@ -47,8 +47,6 @@ def _value(value: Any) -> str:
 
 def fronts_section(facts: Mapping[str, Any], figures: Figures) -> Html:
     block = facts["fronts"]
-    if block.get("missing"):
-        return section("fronts", TITLE, missing(block["missing"]))
     parts = []
     for i, sweep in enumerate(block["sweeps"]):
         heads, rows = front_rows(sweep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from html import escape
 from importlib import resources
 from typing import Any
@@ -30,9 +31,20 @@ CONTENTS = (
     ("noise", "Noise"),
     ("inside", "Inside the runs"),
     ("cost", "Cost"),
+    ("absent", "Not in these runs"),
     ("runs", "Data and runs"),
     ("reading", "How to read this"),
 )
+# Sections that many tables of runs have nothing for, by their facts: one line each under "Not in these runs" is enough then.
+OPTIONAL = {
+    "batch": "batch_size",
+    "learning-rate": "learning_rate",
+    "weight-decay": "weight_decay",
+    "promotions": "promotions",
+    "fronts": "fronts",
+    "noise": "noise",
+    "inside": "inside",
+}
 # Columns of the table of runs: key in facts["runs"], heading, kind (how report.js writes it).
 RUN_COLUMNS = (
     ("run_id", "Run", "text"),
@@ -60,7 +72,7 @@ def render(facts: Mapping[str, Any], drawn: pd.DataFrame, *, run_url: str | None
     values = {
         "title": escape(facts["title"]),
         "css": _asset("report.css"),
-        "contents": str(_contents()),
+        "contents": str(_contents(facts)),
         "main": str(main),
         "settings": script_json({"run_url": run_url}),
         "twins": script_json(dark_twins()),
@@ -80,23 +92,38 @@ def render(facts: Mapping[str, Any], drawn: pd.DataFrame, *, run_url: str | None
 
 def page_sections(facts: Mapping[str, Any], figures: Figures) -> list[Html]:
     """The page from its masthead to how to read it. `figures` without any gives the words and tables alone."""
-    return [
-        sections.masthead(facts),
-        sections.notices(facts),
-        sections.verdict(facts),
-        sections.isoflop(facts, figures),
-        sections.surface(facts, figures),
-        sections.allocation(facts, figures),
-        *(sections_settings.setting(facts, figures, name) for name in sections_settings.TITLES),
-        sections_settings.promotions(facts),
-        fronts.fronts_section(facts, figures),
-        sections.prediction(facts, figures),
-        sections_settings.noise(facts, figures),
-        sections_inside.inside(facts, figures),
-        sections_settings.cost(facts),
-        sections_settings.runs(facts),
-        sections_settings.how_to_read(),
-    ]
+    absent = absent_sections(facts)
+    made = {
+        "verdict": lambda: sections.verdict(facts),
+        "isoflop": lambda: sections.isoflop(facts, figures),
+        "surface": lambda: sections.surface(facts, figures),
+        "allocation": lambda: sections.allocation(facts, figures),
+        **{anchor: partial(sections_settings.setting, facts, figures, name) for name, anchor in sections_settings.ANCHORS.items()},
+        "promotions": lambda: sections_settings.promotions(facts),
+        "fronts": lambda: fronts.fronts_section(facts, figures),
+        "prediction": lambda: sections.prediction(facts, figures),
+        "noise": lambda: sections_settings.noise(facts, figures),
+        "inside": lambda: sections_inside.inside(facts, figures),
+        "cost": lambda: sections_settings.cost(facts),
+        "absent": lambda: sections_settings.absent(absent),
+        "runs": lambda: sections_settings.runs(facts),
+        "reading": sections_settings.how_to_read,
+    }
+    shown = [made[anchor]() for anchor, _ in shown_contents(facts)]
+    return [sections.masthead(facts), sections.problems(facts), shown[0], sections.cautions(facts), *shown[1:]]
+
+
+def absent_sections(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(title, one line) of every optional section for which the runs hold nothing."""
+    titles = dict(CONTENTS)
+    blocks = {anchor: facts[name] for anchor, name in OPTIONAL.items()}
+    return [(titles[a], block["missing"]) for a, block in blocks.items() if block.get("missing") and not block.get("times")]
+
+
+def shown_contents(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Anchors and titles of the sections that this page has."""
+    absent = {title for title, _ in absent_sections(facts)}
+    return [(anchor, title) for anchor, title in CONTENTS if (absent if anchor == "absent" else title not in absent)]
 
 
 def script_json(value: Any) -> str:
@@ -112,8 +139,8 @@ def _asset(name: str) -> str:
     return (resources.files("analysis.report") / "template" / name).read_text(encoding="utf8")
 
 
-def _contents() -> Html:
-    items = [tag("li", tag("a", title, href=f"#{anchor}")) for anchor, title in CONTENTS]
+def _contents(facts: Mapping[str, Any]) -> Html:
+    items = [tag("li", tag("a", title, href=f"#{anchor}")) for anchor, title in shown_contents(facts)]
     return tag("nav", tag("ol", items), "toc", aria_label="Contents")
 
 

@@ -5,6 +5,7 @@ A missing piece is one line, never an empty plot.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,15 +40,22 @@ def masthead(facts: Facts) -> Html:
     )
 
 
-def notices(facts: Facts) -> Html:
+def problems(facts: Facts) -> Html:
+    """What forbids using the laws below, before anything else; nothing where there is no such thing."""
+    found = [w for w in facts["warnings"] if w["level"] == "bad"]
+    return tag("div", _notice_list(found, "Problems"), "warnings") if found else Html("")
+
+
+def cautions(facts: Facts) -> Html:
+    """What to keep in mind, after the verdict: the main ones in full, the rest folded."""
     if not facts["warnings"]:
-        return tag("p", "No warnings: nothing in these runs speaks against the laws below.", "calm")
-    main = [w for w in facts["warnings"] if not w.get("lesser")]
-    lesser = [w for w in facts["warnings"] if w.get("lesser")]
-    parts = [_notice_list(main, "Warnings")] if main else []
+        return tag("p", "No warnings: nothing in these runs speaks against these laws.", "calm")
+    found = [w for w in facts["warnings"] if w["level"] != "bad"]
+    main, lesser = ([w for w in found if bool(w.get("lesser")) is folded] for folded in (False, True))
+    parts = [_notice_list(main, "Cautions")] if main else []
     if lesser:
-        parts.append(details(fmt.plural(len(lesser), "lesser caution"), _notice_list(lesser, "Lesser warnings")))
-    return tag("div", parts, "warnings")
+        parts.append(details(fmt.plural(len(lesser), "lesser caution"), _notice_list(lesser, "Lesser cautions")))
+    return tag("div", parts, "warnings after") if parts else Html("")
 
 
 def _notice_list(warnings: list[Mapping[str, Any]], label: str) -> Html:
@@ -62,7 +70,9 @@ def verdict(facts: Facts) -> Html:
     sentences = tag("ol", [tag("li", rich(s)) for s in block["sentences"]], "sentences")
     body = [tag("h2", ["Verdict", chip(block["status"])]), stats(block["recommended"], facts)]
     title = "As fitted, not recommended" if block["status"] == "refuse" else "Recommended configuration"
-    body.append(tag("div", [tag("div", sentences), config_table(block["recommended"], title)], "columns"))
+    steps = tag("ul", [tag("li", rich(s)) for s in facts["next_steps"]], "steps")
+    left = tag("div", [sentences, tag("h3", "What to do next"), steps])
+    body.append(tag("div", [left, config_table(block["recommended"], title)], "columns"))
     return tag("section", body, "verdict", id="verdict")
 
 
@@ -282,6 +292,12 @@ def prediction(facts: Facts, figures: Figures) -> Html:
     return section("prediction", "Predicted and measured", join(body), facts["prediction"].get("verdict"))
 
 
+def _minute(when: Any) -> str:
+    """2026-11-21T17:38:25+00:00 as 2026-11-21 17:38 UTC; anything else as it is."""
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(:\d\d(\.\d+)?)?(\+00:00|Z)", str(when))
+    return f"{found[1]} {found[2]} UTC" if found else str(when)
+
+
 def held_out_table(held_out: list[Mapping[str, Any]]) -> Html:
     rows = [
         [r["label"], fmt.loss(r["predicted"]), fmt.interval(r.get("low"), r.get("high"), fmt.loss), fmt.loss(r["measured"])]
@@ -291,11 +307,12 @@ def held_out_table(held_out: list[Mapping[str, Any]]) -> Html:
 
 
 def production_table(production: Facts, loss_name: str) -> Html:
+    written = f", written {_minute(production['predicted_at'])}" if production.get("predicted_at") else ""
     rows = [
         ["Run", f"{production.get('name', '')} {production.get('run_id', '')}".strip() or fmt.MISSING],
         ["Size", f"N {fmt.count(production.get('N'))}, D {fmt.count(production.get('D'))}, C {fmt.flops(production.get('C'))}"],
         [
-            f"Predicted {loss_name}" + (f", written {production['predicted_at']}" if production.get("predicted_at") else ""),
+            f"Predicted {loss_name}{written}",
             f"{fmt.loss(production.get('predicted'))} ({fmt.interval(production.get('low'), production.get('high'), fmt.loss)})",
         ],
         [f"Measured {loss_name}", fmt.loss(production.get("measured")) if production.get("measured") is not None else "not yet"],

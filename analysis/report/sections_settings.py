@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from analysis.report import format as fmt
-from analysis.report.blocks import Figures, Html, bar, chip, details, join, lead, missing, rich, table, tag
+from analysis.report.blocks import Figures, Html, bar, chip, details, join, lead, rich, table, tag
 from analysis.report.sections import section
 
 Facts = Mapping[str, Any]
@@ -43,9 +43,9 @@ GLOSSARY = (
         "With fewer than four budgets there is no interval.",
     ),
     (
-        "ok, warn, refuse",
-        "ok: use it. warn: usable, read the cautions. refuse: the runs do not support it, for example beyond 100 times the largest "
-        "fitted compute.",
+        "ok, with cautions, not recommended",
+        "ok: use it. With cautions: usable, read them. Not recommended: the runs do not support it, for example beyond 100 times "
+        "the largest fitted compute.",
     ),
     (
         "Hover and click",
@@ -58,12 +58,11 @@ GLOSSARY = (
 def setting(facts: Facts, figures: Figures, name: str) -> Html:
     block = facts[name]
     anchor, title = ANCHORS[name], TITLES[name]
-    if block.get("missing"):
-        return section(anchor, title, missing(block["missing"]))
     cells = figures.show(
         f"{name}_cells",
-        "Every cell's own sweep: loss above its best run. Diamonds on the floor are the fitted optima with their intervals; amber "
-        "triangles lie at an edge of their grid.",
+        "Every cell's own sweep: loss above its best run. A line follows the best run at each value; points off it differ in "
+        "another setting. Diamonds on the floor are the fitted optima with their intervals; amber marks have none inside "
+        "their grid.",
     )
     laws = [
         figures.show(f"{name}_law_{i}" if i else f"{name}_law", caption)
@@ -122,8 +121,6 @@ def cell_table(cells: Sequence[Facts], name: str) -> Html:
 
 def promotions(facts: Facts) -> Html:
     block = facts["promotions"]
-    if block.get("missing"):
-        return section("promotions", "Stage promotions", missing(block["missing"]))
     rows = []
     for p in block["rows"]:
         change = join([str(p["change"]), tag("small", str(p["reason"]), "why")]) if p.get("reason") else str(p["change"])
@@ -149,8 +146,6 @@ def axis_text(axis: Facts | None) -> Html | str:
 
 def noise(facts: Facts, figures: Figures) -> Html:
     block = facts["noise"]
-    if block.get("missing"):
-        return section("noise", "Noise", missing(block["missing"]))
     caption = "Runs that differ only in their seed, as deviation from their group's mean. The band is one standard deviation."
     return section("noise", "Noise", join([lead(block["text"]), figures.show("noise", caption)]))
 
@@ -212,6 +207,12 @@ def runs(facts: Facts) -> Html:
     more_button = tag("button", "Show more", "more", type="button", id="more")
     body += [tag("div", tools, "tools"), tag("div", frame, "scroll"), more_button]
     return section("runs", "Data and runs", join(body))
+
+
+def absent(lines: Sequence[tuple[str, str]]) -> Html:
+    """What these runs say nothing about, a line each."""
+    parts = [part for title, text in lines for part in (tag("dt", title), tag("dd", rich(text)))]
+    return section("absent", "Not in these runs", tag("dl", parts, "glossary"))
 
 
 def how_to_read() -> Html:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,8 @@ def verdict_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     recommended["loss"] = {k: prediction.get(k) for k in ("value", "low", "high", "surface")}
     recommended["width"] = _width(facts.get("width"))
     for name in SETTING_WORDS:
-        recommended[name] = facts[name].get("target") or {"note": "not swept: the recipe's own rule holds"}
+        swept = "not swept" if facts[name].get("missing") else "swept, but no law yet"
+        recommended[name] = facts[name].get("target") or {"note": f"{swept}: the recipe's own rule holds"}
     status = _status(facts)
     sentences = [_allocation(facts), _settings(facts), _loss(facts), _evidence(facts), _doubts(facts)]
     if status == "refuse" and fmt.is_number(prediction.get("N")):
@@ -109,7 +109,7 @@ def _evidence(facts: Mapping[str, Any]) -> str:
     runs = fit.get("n") or facts["source"]["n_runs"]
     text = f"This rests on {fmt.plural(runs, 'run')}"
     if len(budgets) > 1:
-        text += f" at {len(budgets)} budgets over {fmt.significant(math.log10(budgets[-1] / budgets[0]), 2)} decades of compute"
+        text += f" at {len(budgets)} budgets over a factor {fmt.significant(budgets[-1] / budgets[0], 2)} of compute"
     text += (
         f"; seeds move the loss by {fmt.percent(noise['sigma'])}"
         if fmt.is_number(noise.get("sigma"))

@@ -20,7 +20,7 @@ from synthetic_ladder import DEMO
 from analysis.laws import Laws, fit_laws
 from analysis.report import report_facts, to_markdown
 from analysis.report.figures import build_figures
-from analysis.report.html import CONTENTS, render
+from analysis.report.html import CONTENTS, render, shown_contents
 from analysis.report.sections import production_table
 from analysis.report.write import drawn_runs
 from analysis.table import RunTable, load_csv
@@ -95,6 +95,28 @@ def test_missing_pieces_are_one_line_and_no_figure():
     built = build_figures(facts, drawn_runs(table)[0])
     assert "isoflop" in built and not any(k.startswith(("batch_size", "learning_rate", "weight_decay", "noise")) for k in built)
     assert "no law for batch" in facts["verdict"]["sentences"][1]
+    page = to_markdown(facts)
+    assert "## Not in these runs" in page and "## Batch size" not in page
+    assert all(facts[name]["missing"] in page for name in ("batch_size", "learning_rate", "weight_decay", "promotions", "noise"))
+    steps = facts["next_steps"]
+    assert any("Sweep the batch, learning rate and weight decay" in s for s in steps) and any("three seeds" in s for s in steps)
+    assert steps[-1].startswith("Then plan the run: `nanoladder plan --laws laws.json --flops ") and steps[-1] in page
+
+
+def test_the_next_steps_follow_from_what_is_unsettled(demo: tuple[Laws, RunTable]):
+    laws, table = demo
+    raw = laws.as_dict()
+    budgets = [dict(b) for b in raw["allocation"]["isoflop"]["budgets"]]
+    budgets[0] |= {"status": "edge", "edge": "low"}
+    raw["allocation"] = raw["allocation"] | {"isoflop": raw["allocation"]["isoflop"] | {"budgets": budgets}}
+    raw["weight_decay"] = raw["weight_decay"] | {"status": "too_few", "separating_runs": []}
+    steps = report_facts(raw, table, production(measured=1.63))["next_steps"]
+    assert steps[0].startswith("At ") and "add smaller sizes" in steps[0]
+    assert any(s.startswith("Sweep the weight decay in more cells") and "3 cells carry no law" in s for s in steps)
+    assert steps[-1].startswith("The production run kept the prediction")
+    assert "left its interval" in report_facts(raw, table, production(measured=1.9))["next_steps"][-1]
+    raw["allocation"]["prediction"] |= {"verdict": "refuse"}
+    assert report_facts(raw, table)["next_steps"][-1].startswith("Do not start a large run")
 
 
 def test_production_is_compared_with_what_was_promised(demo: tuple[Laws, RunTable]):
@@ -194,7 +216,7 @@ def test_page_markdown_and_json_tell_the_same(facts: dict[str, Any], demo: tuple
     known = list(leaves(json.loads(json.dumps(facts))))
     values = np.sort([abs(v) for v in known if isinstance(v, (int, float)) and not isinstance(v, bool)])
     words = {v for v in known if isinstance(v, str) and len(v) > 3}
-    assert set(page) == {anchor for anchor, _ in CONTENTS}
+    assert set(page) == {anchor for anchor, _ in shown_contents(facts)} == {anchor for anchor, _ in CONTENTS} - {"inside"}
     for anchor, texts in page.items():
         assert texts, anchor
         for text in texts:
@@ -212,7 +234,7 @@ def test_markdown_holds_every_run_and_warning(facts: dict[str, Any]):
     text = to_markdown(facts)
     for sentence in facts["verdict"]["sentences"]:
         assert sentence in text
-    assert text.count("\n## ") == len(CONTENTS)
+    assert text.count("\n## ") == len(CONTENTS) - 1, "only what happened inside the runs is absent"
     assert all(run_id in text for run_id in facts["runs"]["columns"]["run_id"])
     assert all(w["text"] in text for w in facts["warnings"])
     assert facts["left_out"][0]["reason"] in text
