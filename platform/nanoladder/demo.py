@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from nanoladder.demo_production import ProductionStages
 from nanoladder.demo_size import DemoSize
 from nanoladder.demo_stages import DemoStages
+from nanoladder.demo_summary import print_summary
 from nanoladder.display import StageDisplay
 from nanoladder.outcomes import read_production
 from nanoladder.stages import Facts, Stage, run_stages
@@ -177,59 +173,3 @@ def _end_ray() -> None:
         from nanoladder.ray_init import shutdown_ray
 
         shutdown_ray()
-
-
-def print_summary(console: Console, workspace: Workspace, facts: Mapping[str, Facts], production: Mapping[str, Any]) -> None:
-    """The laws, prediction against result, verdicts, chat score and reply, and where to look further."""
-    from nanoladder.law_table import law_rows
-
-    table = Table(title="Laws", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("law", "value", "90% interval", "status"):
-        table.add_column(column)
-    for row in law_rows(workspace.laws_path):
-        table.add_row(*row)
-    console.print()
-    console.print(table)
-    console.print()
-    low, high = production["low"], production["high"]
-    interval = f" [{low:.4f}, {high:.4f}]" if low is not None else ""
-    if production["predicted"] is not None:
-        console.print(
-            f"Production loss   predicted {production['predicted']:.4f}{interval}, measured {production['measured']:.4f} bpb"
-        )
-    else:
-        console.print(f"Production loss   no prediction, measured {production['measured']:.4f} bpb")
-    for line in promotion_lines(facts["promotion"]["promotions"]):
-        console.print(line, soft_wrap=True, markup=False)
-    console.print(f"Chat evaluation   {facts['chat_eval']['summary']}", soft_wrap=True, markup=False)
-    console.print(f"Chat              {facts['chat']['prompt']!r} → {facts['chat']['reply']!r}", soft_wrap=True, markup=False)
-    console.print(f"Report            {workspace.report_path}", soft_wrap=True)
-    console.print()
-    for command in further_commands(workspace, Path(facts["sft"]["folder"])):
-        console.print(f"  {command}", soft_wrap=True, markup=False)
-
-
-def promotion_lines(promotions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line a verdict, the stages in their order; the test's own sentence begins with the verdict."""
-    heads = ["Promotion", *[""] * (len(promotions) - 1)]
-    return [f"{head:<17} {p['change']} at {p['stage']}: {p['reason']}" for head, p in zip(heads, promotions, strict=True)]
-
-
-def further_commands(workspace: Workspace, chat_model: Path) -> list[str]:
-    """Commands to look further, with the programs that exist beside this one, ready to paste."""
-    programs = Path(sys.executable).parent
-    commands = (
-        (programs / "mlflow", "ui", "--backend-store-uri", workspace.mlflow_uri),
-        (programs / "optuna", "studies", "--storage", workspace.optuna_uri),
-        (programs / "nanoladder", "chat", "--checkpoint", short(chat_model)),
-        (programs / "nanoladder", "runs", "--storage", short(workspace.root)),
-        (programs / "nanoladder", "report", "--storage", short(workspace.root)),
-        (programs / "nanoladder", "plan", "--depth", 12, "--device", "h100", "--num-devices", 8, "--price", 2.5),
-    )
-    return [shlex.join([short(program), *map(str, rest)]) for program, *rest in commands]
-
-
-def short(path: Path) -> str:
-    """The path from here where it lies below, else in full."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -12,6 +12,7 @@ from nanochat_model.config import RuntimeConfig
 from nanochat_model.identity import content_hash
 from nanochat_model.record import RunRecord
 from nanoladder.demo_size import DemoSize
+from nanoladder.reply_text import marked
 from nanoladder.stages import Facts, Progress
 from nanoladder.workspace import Workspace
 
@@ -78,7 +79,7 @@ def evaluate(size: DemoSize, workspace: Workspace, folder: Path, progress: Progr
 
 
 def reply(folder: Path, prompt: str, max_tokens: int) -> str:
-    """The most likely answer of the fine-tuned model."""
+    """The most likely answer of the fine-tuned model, its calculator calls between « and »."""
     from nanochat_model.chat import load_chat
 
-    return "".join(load_chat(str(folder)).reply(prompt, temperature=0.0, max_tokens=max_tokens)).strip()
+    return "".join(marked(load_chat(str(folder)).reply_pieces(prompt, temperature=0.0, max_tokens=max_tokens))).strip()

@@ -103,7 +103,7 @@ class ProductionStages:
 
         size = self.ladder.size
         text = reply(Path(facts["sft"]["folder"]), size.chat_prompt, size.chat_max_tokens)
-        return {"hash": content_hash(text), "prompt": size.chat_prompt, "reply": text, "summary": repr(text[:60])}
+        return {"hash": content_hash(text), "prompt": size.chat_prompt, "reply": text, "summary": " ".join(text.split())[:60]}
 
     def report(self, facts: Mapping[str, Facts], progress: Progress) -> Facts:
         from analysis.laws import Laws

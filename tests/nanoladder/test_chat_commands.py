@@ -17,12 +17,13 @@ import torch
 from served import write_checkpoint
 from task_files import write_tasks
 
-from nanochat_model.chat import load_chat
+from nanochat_model.chat import Piece, load_chat
 from nanochat_model.chat_eval import CHAT_TASKS
 from nanochat_model.checkpoint import load_model, tokenizer_dir
 from nanochat_model.demo_tasks import write_demo_tasks
 from nanochat_model.tokenizer import Tokenizer
 from nanoladder.cli import run
+from nanoladder.reply_text import marked
 
 torch.set_num_threads(1)
 QUESTION = "hello there"
@@ -70,6 +71,16 @@ def test_what_cannot_be_done_is_one_line(run_dir: str, args: list[str], message:
     assert chat(run_dir, *args) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
+
+
+def test_calculator_calls_stand_between_marks() -> None:
+    def shown(*pieces: tuple[str, str]) -> str:
+        return "".join(marked(Piece(kind, text) for kind, text in pieces))
+
+    call = [("python", "31 "), ("python", "+24"), ("python_output", "55")]
+    assert shown(("text", "so "), *call, ("text", "it is 55")) == "so «31 +24 → 55» it is 55"
+    assert shown(*call, ("text", "\n#### 55")) == "«31 +24 → 55»\n#### 55"
+    assert shown(*call) == "«31 +24 → 55»" and shown(call[0]) == "«31 »" and shown() == ""
 
 
 class Terminal:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ import tyro
 from nanochat_model.errors import ConfigError
 from nanoladder.cli.common import Json, print_json
 from nanoladder.cli.sft import Checkpoint
+from nanoladder.reply_text import marked
 
 if TYPE_CHECKING:
     from nanochat_model.chat import Piece
@@ -94,22 +94,10 @@ class Chat:
 
 
 def stream(pieces: Iterable[Piece]) -> None:
-    """Print a reply as it comes; what a python call computes and gives is shown between « and »."""
-    shown = "text"
-    for piece in pieces:
-        if piece.kind != shown:
-            sys.stdout.write(_between(shown, piece.kind))
-            shown = piece.kind
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
-    print(_between(shown, "text"))
-
-
-def _between(old: str, new: str) -> str:
-    """What stands where a reply goes from one kind of piece to another."""
-    if old == "python" and new == "python_output":
-        return " → "
-    return ("" if old == "text" else "» ") + ("" if new == "text" else "«")
+    """Print a reply as it comes."""
+    for text in marked(pieces):
+        print(text, end="", flush=True)
+    print()
 
 
 def as_facts(prompt: str, pieces: Iterable[Piece]) -> dict[str, Any]:
