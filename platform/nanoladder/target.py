@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanochat_model.errors import ConfigError
+from nanochat_model.hardware import require_device
 
 DEVICES_PER_NODE = 8
 
@@ -54,7 +55,10 @@ class DeviceOptions:
     """Measured speed over all devices."""
 
     def target(self) -> Target:
-        """Raises ConfigError on fewer than one device, a negative price or a network without speed."""
+        """Raises ConfigError on fewer than one device, a negative price, a network without speed, and a device that is not in the
+        table of peaks, unless its speed is given."""
+        if self.device != "cpu" and self.tokens_per_second is None:
+            require_device(self.device)
         return Target(
             device=self.device,
             num_devices=self.num_devices,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,20 +44,19 @@ def test_help_lists_every_command_and_is_quick(capsys) -> None:
     assert run(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in COMMANDS)
-    best = min(timed("--help") for _ in range(3))
-    assert best < 0.5, f"{best:.2f} s"
+    assert imported("--help") == set()
 
 
-def timed(*args: str) -> float:
-    """Processor seconds of a command: what loaded machines do not change much."""
-    before = os.times()
-    assert call(*args).returncode == 0
-    after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
+def imported(*args: str) -> set[str]:
+    """The packages a command's process has imported of those that take long."""
+    slow = {"torch", "ray", "mlflow", "optuna", "pandas", "scipy", "numpy", "plotly", "pyarrow", "tokenizers", "rich", "tyro"}
+    code = f"import sys\nfrom nanoladder.cli import run\nrun(sys.argv[1:])\nprint(*({slow} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120, check=True)
+    return set(done.stderr.split())
 
 
 def test_count_is_quick() -> None:
-    assert min(timed("count", "--depth", "24", "--json") for _ in range(3)) < 0.8
+    assert imported("count", "--depth", "24", "--json") <= {"tyro", "rich"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -101,11 +98,11 @@ def test_count_json(capsys) -> None:
         (["plan", "--depth", "12", "--set", "batch_tokens"], "override 'batch_tokens' is not of the form key=value"),
         (["plan", "--depth", "12", "--set", "batch_tokens=500000"], "not a multiple of sequence_len 2048; nearest: 499712"),
         (["plan", "--depth", "12", "--num-devices", "3"], "does not divide over 3 devices"),
-        (["plan", "--depth", "12", "--device", "tpu", "--mfu", "0.4"], "needs a known peak"),
+        (["plan", "--depth", "12", "--device", "tpu", "--mfu", "0.4"], "is not in the table of peaks"),
         (["plan", "--depth", "12", "--budget-hours", "4"], "both fix the size"),
         (["plan", "--depth", "12", "--network-gbits", "0"], "network of 0 Gb/s must be over 0"),
         (["plan", "--depth", "12", "--devices-per-node", "0"], "devices_per_node 0 must be at least 1"),
-        (["plan"], "0 goals are given (none); give exactly one of --flops"),
+        (["plan"], "nothing says how large the run is; give --depth, --flops"),
         (["plan", "--target-bpb", "0.7"], "needs fitted laws"),
         (["plan", "--depth", "12", "--without-law", "gravity"], "law 'gravity' is unknown"),
         (["plan", "--depth", "12", "--laws", "/nowhere/laws.json"], "/nowhere/laws.json"),
@@ -184,10 +181,8 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys) -> None:
 
 def test_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -c 'from nanoladder.cli import main; main()' plan --depth 12 --json | head -n 1"
-    started = time.monotonic()
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "{" and done.stderr == "", done.stderr
-    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from synthetic_ladder import DEMO, write_ladder
 
 from analysis.errors import DataError
 from analysis.laws import Laws
+from nanoladder.cli.common import print_table
 from nanoladder.cli.laws import Fit, TableOptions
 
 
@@ -45,3 +47,14 @@ def test_runs_that_are_not_comparable_need_a_name(storage, tmp_path, capsys):
     assert Laws.load(tmp_path / "laws.json").source_hash == data.read().hash  # what a report checks
     text = capsys.readouterr().out
     assert "left out:" in text and "another validation set, packing or sequence length" in text
+
+
+def test_a_narrow_terminal_wraps_a_table_and_a_pipe_keeps_its_rows(monkeypatch, capsys):
+    row = ("best loss L*(C)", "0.360 + 29.72 · C^−0.108 and many words besides", "[0.345, 0.480]", "not_identifiable", "x" * 90)
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table(("law", "value", "interval", "status", "note"), [row])
+    assert any(all(cell in line for cell in row) for line in capsys.readouterr().out.splitlines())
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    print_table(("law", "value", "interval", "status", "note"), [row])
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "…" not in shown and shown.count("x") == 90 and all(len(line) <= 80 for line in shown.splitlines())

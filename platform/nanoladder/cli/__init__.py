@@ -85,8 +85,8 @@ def run(argv: list[str]) -> int:
     if rest and f"{name} {rest[0]}" in COMMANDS:
         name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-        return fail(f"unknown command {name!r}; did you mean {near!r}? nanoladder --help lists all")
+        near = "".join(f"did you mean {c!r}? " for c in difflib.get_close_matches(name, COMMANDS, n=1))
+        return fail(f"unknown command {name!r}; {near}nanoladder --help lists all")
     command = COMMANDS[name]
     try:
         return _run(name, command, rest)

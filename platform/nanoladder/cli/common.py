@@ -12,6 +12,7 @@ import tyro
 
 from nanochat_model.errors import ConfigError
 
+WIDEST = 240  # of a table in a pipe
 Positional = tyro.conf.Positional
 Json = Annotated[bool, tyro.conf.arg(help="Print JSON for a machine instead of a table.")]
 Storage = Annotated[str, tyro.conf.arg(help="Root folder of data, runs and laws.", metavar="DIR")]
@@ -54,10 +55,12 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", right: Sequence[str] = ()) -> None:
-    """A plain table on stdout; `right` names the columns to align right."""
+    """A plain table on stdout; `right` names the columns to align right. Where a terminal is too narrow, cells are wrapped; a pipe,
+    which has no width, gets every row in one line."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
+    from rich.measure import Measurement
     from rich.table import Table
 
     table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -66,8 +69,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     for row in rows:
         table.add_row(*map(escape, row))
     console = Console()
-    if not console.is_terminal:  # a pipe has no width: do not cut what somebody greps
-        console = Console(width=240)
+    if not console.is_terminal:
+        console = Console(width=WIDEST)
+    elif Measurement.get(wide := Console(width=WIDEST), wide.options, table).maximum > console.width:
+        for shown in table.columns:
+            shown.no_wrap, shown.overflow = False, "fold"
     console.print(table)
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from analysis.table import RunTable
     from nanoladder.mlflow_page import MlflowPage
 
+LEVEL_WORDS = {"bad": "problem", "warn": "caution", "note": "note"}
+MOST_LEFT_OUT = 20  # rows named one by one
+
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
@@ -134,7 +137,6 @@ class Fit:
 
     def run(self) -> None:
         from analysis.laws import fit_laws
-        from nanoladder.law_table import rows_of
 
         table = self.data.read()
         laws = fit_laws(
@@ -152,13 +154,7 @@ class Fit:
         if self.json:
             print_json(plain if design is None else {**plain, "next_runs": design.as_dict()})
             return
-        print_table(("law", "value", "interval (90%)", "status"), rows_of(plain), title=f"{laws.n_runs} runs")
-        for warning in plain.get("warnings", []):
-            print(f"warning: {warning if isinstance(warning, str) else warning.get('message', warning)}")
-        for note in laws.notes:
-            print(f"note: {note}")
-        for item in laws.left_out:
-            print(f"left out: {item['row']}: {item['reason']}")
+        self.show(table, laws)
         if design is not None:
             rows = [
                 (f"{r.N:.3g}", f"{r.D:.3g}", f"{r.C:.3g}", f"{r.B:.3g}" if r.B else "", f"{r.sd_after:.3g}") for r in design.runs
@@ -167,6 +163,25 @@ class Fit:
             print(design.message)
         if out is not None:
             print(f"written: {out}")
+
+    def show(self, table: RunTable, laws: Laws) -> None:
+        """The laws as a table, then in words, with what speaks against them and what to do next."""
+        from analysis.report import report_facts
+        from nanoladder.law_table import rows_of
+
+        print_table(("law", "value", "interval (90%)", "status"), rows_of(laws.as_dict()), title=f"{laws.n_runs} runs")
+        facts = report_facts(laws, table)
+        print("\n".join(facts["verdict"]["sentences"]), end="\n\n")
+        for warning in facts["warnings"]:
+            print(f"{LEVEL_WORDS[warning['level']]}: {warning['text']}")
+        for note in laws.notes:
+            print(f"note: {note}")
+        for item in laws.left_out[:MOST_LEFT_OUT]:
+            print(f"left out: {item['row']}: {item['reason']}")
+        if len(laws.left_out) > MOST_LEFT_OUT:
+            print(f"left out: {len(laws.left_out) - MOST_LEFT_OUT:,} more rows, in the JSON (--json, --out) with their reasons")
+        for step in facts["next_steps"]:
+            print(f"next: {step}")
 
     def next_runs(self, table: RunTable, laws: Laws) -> Design:
         """The design for --remaining-flops; ConfigError without a fitted allocation."""

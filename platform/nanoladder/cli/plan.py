@@ -186,6 +186,10 @@ class Plan:
 
     def goal_of(self) -> Goal:
         g = self.goal
+        if (g.flops, g.budget_hours, g.budget_dollars, g.target_bpb) == (None, None, None, None):
+            raise ConfigError(
+                "nothing says how large the run is; give --depth, --flops, --budget-dollars, --budget-hours or --target-bpb"
+            )
         return Goal(flops=g.flops, budget_hours=g.budget_hours, budget_dollars=g.budget_dollars, target_bpb=g.target_bpb)
 
     def known(self) -> tuple[list[RunRecord], DataConfig | None, int, float]:
