@@ -212,7 +212,9 @@ def _run_one(sweep: Sweep, workspace: Workspace, options: dict[str, Any]) -> int
         if sweep.adaptive is not None:
             from nanoladder.adaptive import execute_adaptive
 
-            records = execute_adaptive(sweep, workspace, say=lambda text: lines.print(text, soft_wrap=True, markup=False), **options)
+            records = execute_adaptive(
+                sweep, workspace, say=lambda text: lines.print(text, soft_wrap=True, markup=False), **options
+            )
         else:
             records = execute_sweep(sweep, workspace, **options)
     return _summary(sweep, workspace, records)
@@ -271,7 +273,9 @@ def _run_ladder(ladder: Ladder, workspace: Workspace, options: dict[str, Any]) -
         console.print(f"[bold]{escape(p.stage)}[/] {escape(p.change)}: {escape(p.reason)}", soft_wrap=True)
         console.print(f"  [dim]{escape(p.summary)}[/]", soft_wrap=True)
     for row in (r for r in rank_correlations(promotions) if r["spearman"] is not None):
-        console.print(f"gains of {row['n']} candidates, {escape(' → '.join(row['stages']))}: rank correlation {row['spearman']:+.2f}")
+        console.print(
+            f"gains of {row['n']} candidates, {escape(' → '.join(row['stages']))}: rank correlation {row['spearman']:+.2f}"
+        )
     reached = {p.stage for p in promotions}
     for stage in ladder.stages:
         if stage.name not in reached:
