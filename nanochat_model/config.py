@@ -242,7 +242,7 @@ class RuntimeConfig:
     keep_steps: tuple[int, ...] = ()  # steps whose checkpoint is written and never removed (a trunk's branching points)
     log_every_steps: int = 10
     core_every_steps: int = 0
-    core_bundle: str = ""  # folder or zip of the CORE tasks
+    core_bundle: str = ""  # folder, zip or URL of the CORE tasks, or "download"
     core_max_per_task: int = 500  # examples a task during training; 0: all
     sample_every_steps: int = 0
     diagnostics_every_steps: int = 0
