@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_model.errors import ConfigError
+from nanochat_model.tasks.files import open_parquet, read_batches
 
 TEXT_COLUMN = "text"
 BUILTIN_SOURCES = ("stdlib", "site-packages")
@@ -100,11 +101,7 @@ def _source_file(path: Path, root: Path, prefix: str = "") -> SourceFile:
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as e:
-        reason = str(e).splitlines()[0]
-        raise ConfigError(f"{path}: not a readable parquet file ({reason}); replace or remove it") from None
+    file = open_parquet(path)
     names = file.schema_arrow.names
     if TEXT_COLUMN not in names:
         raise ConfigError(
@@ -121,7 +118,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 def _parquet_texts(path: Path) -> Iterator[str]:
     row = 0
     with _open_parquet(path) as file:
-        for batch in file.iter_batches(batch_size=_BATCH_DOCS, columns=[TEXT_COLUMN]):
+        for batch in read_batches(path, file, batch_size=_BATCH_DOCS, columns=[TEXT_COLUMN]):
             column = batch.column(0)
             kind = (
                 pa.large_binary() if pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type) else pa.binary()

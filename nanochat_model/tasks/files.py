@@ -58,7 +58,8 @@ def count_rows(files: Sequence[Path]) -> int:
     total = 0
     for file in files:
         if file.suffix == ".parquet":
-            total += _open_parquet(file).metadata.num_rows
+            with open_parquet(file) as opened:
+                total += opened.metadata.num_rows
         else:
             total += sum(1 for _ in _json_lines(file))
     return total
@@ -82,21 +83,37 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, value
 
 
-def _open_parquet(path: Path) -> Any:
+def open_parquet(path: Path) -> Any:
+    """The ParquetFile at `path`. Raises ConfigError."""
     import pyarrow as pa  # only parquet needs it
     import pyarrow.parquet as pq
 
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as e:
-        raise ConfigError(f"{path}: not a readable parquet file ({str(e).splitlines()[0]}); replace or remove it") from None
+    except (pa.ArrowException, OSError) as e:
+        raise _unreadable(path, e) from None
+
+
+def read_batches(path: Path, file: Any, **options: Any) -> Iterator[Any]:
+    """Record batches of an opened ParquetFile. Raises ConfigError where a page of it is damaged."""
+    import pyarrow as pa
+
+    try:
+        yield from file.iter_batches(**options)
+    except (pa.ArrowException, OSError) as e:
+        raise _unreadable(path, e) from None
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); replace or remove it")
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     row = 0
-    for batch in _open_parquet(path).iter_batches(batch_size=_CHUNK_ROWS):
-        for value in batch.to_pylist():
-            if set(value) == {"train"} and isinstance(value["train"], dict):  # MMLU's auxiliary_train, nested by its authors
-                value = value["train"]
-            yield f"{path}: row {row}", value
-            row += 1
+    with open_parquet(path) as file:
+        for batch in read_batches(path, file, batch_size=_CHUNK_ROWS):
+            for value in batch.to_pylist():
+                if set(value) == {"train"} and isinstance(value["train"], dict):  # MMLU's auxiliary_train, nested by its authors
+                    value = value["train"]
+                yield f"{path}: row {row}", value
+                row += 1

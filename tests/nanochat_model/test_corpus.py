@@ -141,6 +141,11 @@ def test_bad_jsonl_names_file_line_and_remedy_and_writes_nothing(tmp_path: Path,
     assert list((tmp_path / "work").iterdir()) == []
 
 
+def overwrite(path: Path, at: int, data: bytes) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at] + data + whole[at + len(data) :])
+
+
 def test_bad_parquet_names_file_and_remedy(tmp_path: Path) -> None:
     cases = {
         "column": (lambda p: write_parquet(p, pa.array(["x"]), "content"), r"no column 'text', only 'content'; rename"),
@@ -148,6 +153,7 @@ def test_bad_parquet_names_file_and_remedy(tmp_path: Path) -> None:
         "null": (lambda p: write_parquet(p, pa.array(["x", None])), r"row 1: 'text' is null"),
         "bytes": (lambda p: write_parquet(p, pa.array([b"x", b"y", b"\xc3("])), r"row 2: document is not UTF-8 \(byte 0\)"),
         "torn": (lambda p: (write_parquet(p, pa.array(["x"] * 99)), p.write_bytes(p.read_bytes()[:-20])), "not a readable parquet"),
+        "page": (lambda p: (write_parquet(p, pa.array(["x"] * 99)), overwrite(p, 4, b"\xff" * 20)), "not a readable parquet"),
         "empty": (lambda p: (p.parent.mkdir(), p.write_bytes(b"")), "not a readable parquet"),
     }
     for name, (write, message) in cases.items():

@@ -102,6 +102,13 @@ def test_bad_rows_are_named(tmp_path: Path, rows: list, message: str) -> None:
         task_problems(str(write_parquet(tmp_path / "a.parquet", rows)))
 
 
+def test_a_damaged_page_is_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", gsm8k_rows(9))
+    path.write_bytes(path.read_bytes()[:4] + b"\xff" * 20 + path.read_bytes()[24:])
+    with pytest.raises(ConfigError, match=r"a\.parquet: not a readable parquet file"):
+        task_problems(str(path))
+
+
 def test_missing_datasets_say_where_they_should_lie(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no 'test' files of ARC-Easy \(allenai/ai2_arc\).*allenai/ai2_arc/ARC-Easy/test-"):
         task_problems("ARC-Easy", tasks_dir=tmp_path)
