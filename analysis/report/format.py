@@ -97,7 +97,7 @@ def minus(text: str) -> str:
 
 
 def interval(low: float | None, high: float | None, formatter: Formatter) -> str:
-    """'11.2 to 14.9'; the missing sign where an end is unknown."""
+    """'11.2 to 14.9'; 'no interval' where an end is unknown."""
     if not is_number(low) or not is_number(high):
         return "no interval"
     return f"{formatter(low)} to {formatter(high)}"
