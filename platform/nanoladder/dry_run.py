@@ -20,6 +20,7 @@ from nanoladder.terminal import format_seconds
 from nanoladder.throughput import SECONDS_PER_HOUR
 from nanoladder.trial_needs import trial_seconds, trial_speed
 
+MOST_DECAY = 0.1  # of the weights a step; 0.006 at nanochat's d12
 CPU_MICRO_BATCH_TOKENS = 4096  # what a CPU likes best (a measured range; the model's own choice has the last word)
 
 
@@ -61,6 +62,7 @@ class SweepPlan:
     num_recorded: int
     train_flops: float
     device_hours: float
+    notes: list[str]  # what looks wrong
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -116,7 +118,21 @@ def plan_sweep(
         num_recorded=sum(p.recorded for p in plans),
         train_flops=sum(p.train_flops * p.count for p in plans),
         device_hours=sum(p.hours * p.count for p in plans) * sweep.devices_per_trial / sweep.trials_per_device,
+        notes=_notes(plans),
     )
+
+
+def _notes(plans: Sequence[TrialPlan]) -> list[str]:
+    """A cell whose weight decay eats the model: a rule far from where it was measured."""
+    worst = max(plans, key=lambda p: p.lr_matrix * p.weight_decay)
+    share = worst.lr_matrix * worst.weight_decay
+    if share < MOST_DECAY:
+        return []
+    return [
+        f"cell {worst.cell}: weight decay {worst.weight_decay:.4g} at learning rate {worst.lr_matrix:.4g} takes {share:.0%} of the "
+        "weights in every step; the recipe's rules were measured far from this size: give the sweep one made for it "
+        "(docs/sweeps.md), or override optimizer.weight_decay"
+    ]
 
 
 def _grouped(trials: Sequence[Trial]) -> list[list[Trial]]:
@@ -182,6 +198,8 @@ def print_plan(plan: SweepPlan) -> None:
         f"{plan.num_trials} runs{skipped}, {plan.train_flops:.3g} FLOPs, {format_seconds(plan.device_hours * SECONDS_PER_HOUR)} of "
         f"one {plan.device} ({plan.speed})."
     )
+    for note in plan.notes:
+        print(f"note: {note}")
 
 
 def _bytes(value: float) -> str:

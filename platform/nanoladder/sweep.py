@@ -110,6 +110,11 @@ class Sweep:
             raise ConfigError(f"sweep {self.name} has both variants and a space; use one of them")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError(f"seeds {self.seeds} of sweep {self.name} must be different and at least one")
+        spaces = (self.space, *(c.space or {} for c in self.cells))
+        if any("seed" in given for given in (self.overrides, *spaces, *self.variants.values())):
+            raise ConfigError(
+                f"seed of sweep {self.name} is no override: runs that should differ would be the same; set seeds=0,1,2"
+            )
         for name in ("devices_per_trial", "trials_per_device", "parallel_trials", "threads_per_trial"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} of sweep {self.name} must be at least 1")

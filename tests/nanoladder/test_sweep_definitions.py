@@ -46,6 +46,7 @@ def sweep(**fields: object) -> Sweep:
         (lambda: sweep(space={"lr_multiplier": Uniform(1, 2)}, num_trials=3, sampler="grid"), "Grid or Choice"),
         (lambda: sweep(space={"lr_multiplier": Grid([1])}, variants={"baseline": {}}), "both"),
         (lambda: sweep(seeds=(1, 1)), "different"),
+        (lambda: apply_settings(sweep(), {"seed": "1"}), "set seeds="),
         (lambda: sweep(devices_per_trial=2, backend="actor"), "one device"),
         (lambda: sweep(devices_per_trial=2, trials_per_device=2), "exclude"),
         (lambda: sweep(space={"lr_multiplier": Grid([1, 2]), "schedule.kind": Choice(["nanochat"])}, extend_edges=True), "Grids"),
@@ -158,7 +159,12 @@ def test_a_dry_run_states_sizes_flops_memory_and_hours() -> None:
     assert first.train_flops == config.num_tokens * flops_per_token(D12)
     assert plan.train_flops == pytest.approx(4 * first.train_flops) and plan.num_trials == 4 and plan.num_recorded == 1
     assert first.hours == pytest.approx(first.train_flops / (0.41 * 989e12) / 3600, rel=0.01), "41% of an H100 at d12"
-    assert 1e9 < first.memory_bytes < 80e9
+    assert 1e9 < first.memory_bytes < 80e9 and plan.notes == []
+    tiny = sweep(
+        cells=(Cell(model=GPTConfig.from_depth(2, sequence_len=256, vocab_size=1024), horizon=Horizon(num_tokens=300_000)),)
+    )
+    (note,) = plan_sweep(tiny, device="cpu").notes
+    assert "of the weights in every step" in note and "optimizer.weight_decay" in note
     with pytest.raises(ConfigError, match=r"trials_per_device|row"):
         plan_sweep(replace(s, trials_per_device=40), device="h100")
 
