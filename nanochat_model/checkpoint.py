@@ -197,6 +197,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             if found is None:
                 raise CheckpointError(f"{root}: every checkpoint in it is damaged; train again, or restore one from a copy")
             return found
+    if any(path.glob("model_*.pt")):
+        raise CheckpointError(f"{path} is a nanochat checkpoint; convert it first: nanoladder import-nanochat {path} --out FOLDER")
     raise CheckpointError(f"no checkpoint at {path}; give a checkpoint (step_000123), a run folder or its {CHECKPOINTS_DIR} folder")
 
 
@@ -233,14 +235,15 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu", dtype: torch.d
     """Model of a checkpoint (see `resolve` for what `path` may be), in evaluation mode on `device`.
 
     `dtype` is the compute dtype (default float32). Called on ids of shape (B, T) it returns float32 logits (B, T, V).
-    Raises CheckpointError on a missing or damaged checkpoint.
+    Raises CheckpointError on a missing or damaged checkpoint, ConfigError on a device that is not there.
     """
+    from nanochat_model.device import choose_device
     from nanochat_model.gpt import GPT
 
-    path = resolve(path)
+    path, place = resolve(path), choose_device(str(device))
     model = GPT(read_state(path).model, compute_dtype=dtype or torch.float32)
     load_weights(model, path)
-    return model.to(device).eval()
+    return model.to(place).eval()
 
 
 def copy_tokenizer(source: Path, run_dir: Path) -> None:

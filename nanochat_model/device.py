@@ -29,11 +29,12 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
-    if name.split(":")[0] != "cuda":
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or not (number or "0").isdigit():
         raise ConfigError(f"runtime.device {name!r} is not known; choose auto, cpu, cuda or cuda:<index>")
     if not torch.cuda.is_available():
         raise ConfigError(f"runtime.device {name!r}, but torch sees no GPU; install a CUDA or ROCm build of torch, or use cpu")
-    index = int(name.split(":")[1]) if ":" in name else local_rank
+    index = int(number) if number else local_rank
     if index >= torch.cuda.device_count():
         raise ConfigError(f"runtime.device {name!r} (index {index}), but torch sees {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", index)

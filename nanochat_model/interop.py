@@ -28,7 +28,7 @@ from nanochat_model.checkpoint import (
     resolve,
     save_checkpoint,
 )
-from nanochat_model.config import GPTConfig
+from nanochat_model.config import VE_GATE_CHANNELS, GPTConfig, OptimizerConfig, TrainConfig
 from nanochat_model.counts import count_params
 from nanochat_model.errors import ConfigError
 from nanochat_model.gpt import GPT
@@ -38,7 +38,11 @@ from nanochat_model.tokenizer_import import import_nanochat_tokenizer, nanochat_
 
 PREFIX = "_orig_mod."  # torch.compile puts it before every name
 _MODEL_FILE = re.compile(r"model_(\d+)\.pt$")
+DEFAULT_SFT_ROWS = 32  # of a fine-tuning's batch where the pretraining's is not known
+NO_TOKENIZER = "none"
 OLD_CONFIG_DEFAULTS = {"window_pattern": "L"}  # before windows every layer saw the whole row (nanochat checkpoint_manager.py)
+SINCE_MARCH = ("smear_gate.weight", "smear_lambda", "backout_lambda")
+KEPT_META = ("step", "val_bpb", "user_config", "model_config", "total_batch_size")  # of the meta file: what fine-tuning inherits
 TOKENIZER_PICKLE = Path("tokenizer") / "tokenizer.pkl"
 BF16_TABLES = ("transformer.wte.", "value_embeds.")  # stored so by nanochat where it computes in bf16
 
@@ -63,30 +67,50 @@ def import_nanochat(
 ) -> Path:
     """Convert the checkpoint in folder `src` (its last step unless given) into a checkpoint under `out`; returns its folder.
 
-    `tokenizer`: nanochat's tokenizer.pkl or its folder, converted beside the checkpoint (nothing in it is executed). Not given,
-    it is looked for in `src` (where export_nanochat puts it) and where nanochat keeps it, two folders above; without one the
-    weights alone are imported.
+    `src` may also be one model_<step>.pt. `tokenizer`: nanochat's tokenizer.pkl or its folder, converted beside the checkpoint
+    (nothing in it is executed), or "none". Not given, it is looked for in `src` (where export_nanochat puts it) and where nanochat
+    keeps it, two folders above; without one the weights alone are imported.
     Raises ConfigError if a file is missing, broken, of another architecture, or holds anything but tensors.
     """
     found = read_nanochat(src, step)
+    pickled = _find_tokenizer(found.path.parent, tokenizer)
+    converted = None if pickled is None else import_nanochat_tokenizer(pickled)
+    if converted is not None and converted.vocab_size != found.config.vocab_size:
+        raise ConfigError(
+            f"tokenizer {pickled} has {converted.vocab_size} ids, the model {found.config.vocab_size}; "
+            f"give the one the model was trained with, or {NO_TOKENIZER!r}"
+        )
     extra = {
         "source": "nanochat",
         "source_path": str(found.path),
-        "source_meta": {k: found.meta[k] for k in ("step", "val_bpb", "user_config", "model_config") if k in found.meta},
+        "source_meta": {k: found.meta[k] for k in KEPT_META if k in found.meta},
+        "tokenizer_path": "" if pickled is None else str(pickled),
         "filled": list(found.filled),
     }
     state = CheckpointState(kind="imported", step=found.step, model=found.config, extra=extra)
-    standard = (Path(src) / TOKENIZER_PICKLE, Path(src).resolve().parent.parent / TOKENIZER_PICKLE)
-    pickled = Path(tokenizer) if tokenizer is not None else next((p for p in standard if p.is_file()), None)
-    if pickled is not None:
-        converted = import_nanochat_tokenizer(pickled)
-        if converted.vocab_size != found.config.vocab_size:
-            raise ConfigError(
-                f"tokenizer {pickled} has {converted.vocab_size} ids, the model {found.config.vocab_size}; "
-                "give the one the model was trained with"
-            )
+    if converted is not None:
         converted.save(Path(out) / TOKENIZER_DIR)
     return save_checkpoint(out, state, found.weights)
+
+
+def inherited_config(state: CheckpointState) -> TrainConfig:
+    """What a fine-tuning of an imported model takes over, as nanochat's chat_sft does: the learning rates that its pretraining was
+    given (before they were scaled to the batch) and its batch; nanochat's defaults where the meta file does not tell."""
+    meta = state.extra.get("source_meta", {})
+    given = meta.get("user_config") or {}
+    rates = {name: float(given[name]) for name in ("embedding_lr", "unembedding_lr", "matrix_lr") if given.get(name)}
+    length, batch = state.model.sequence_len, int(meta.get("total_batch_size") or 0)
+    fits = batch > 0 and batch % length == 0
+    return TrainConfig(
+        model=state.model, optimizer=OptimizerConfig(**rates), batch_tokens=batch if fits else DEFAULT_SFT_ROWS * length
+    )
+
+
+def _find_tokenizer(folder: Path, given: str | os.PathLike[str] | None) -> Path | None:
+    if given is not None:
+        return None if str(given) == NO_TOKENIZER else Path(given)
+    standard = (folder / TOKENIZER_PICKLE, folder.resolve().parent.parent / TOKENIZER_PICKLE)
+    return next((p for p in standard if p.is_file()), None)
 
 
 def export_nanochat(src: str | os.PathLike[str], out: str | os.PathLike[str], *, bf16_tables: bool = False) -> Path:
@@ -134,33 +158,48 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def read_nanochat(src: str | os.PathLike[str], step: int | None = None) -> NanochatCheckpoint:
-    """Read and check a nanochat checkpoint folder."""
-    folder = Path(src)
-    step = _choose_step(folder, step)
-    path = folder / f"model_{step:06d}.pt"
-    meta = _read_meta(folder / f"meta_{step:06d}.json")
-    config = config_from_nanochat(meta["model_config"], str(folder / f"meta_{step:06d}.json"))
+    """Read and check a nanochat checkpoint folder (or one model file of it). Raises ConfigError as `import_nanochat`."""
+    folder, step = _choose_step(Path(src), step)
+    path, meta_path = folder / f"model_{step:06d}.pt", folder / f"meta_{step:06d}.json"
+    meta = _read_meta(meta_path)
+    config = config_from_nanochat(meta["model_config"], str(meta_path))
     weights = {name.removeprefix(PREFIX): w for name, w in _read_tensors(path).items()}
+    _refuse_older(weights, config, path)
     filled = _fill_missing(weights, config)
     _check_shapes(weights, config, path)
     weights = {name: w.float().contiguous() for name, w in weights.items()}
     return NanochatCheckpoint(path, step, config, weights, meta, filled)
 
 
-def _choose_step(folder: Path, step: int | None) -> int:
+def _choose_step(src: Path, step: int | None) -> tuple[Path, int]:
+    """The folder of the checkpoint meant by `src`, and which of its steps."""
+    named = _MODEL_FILE.match(src.name)
+    folder = src.parent if named else src
     steps = sorted(int(m.group(1)) for f in folder.glob("model_*.pt") if (m := _MODEL_FILE.match(f.name)))
     if not steps:
-        raise ConfigError(f"no model_<step>.pt in {folder}; give a folder such as base_checkpoints/d24 of a nanochat run")
+        raise ConfigError(_nothing_there(folder))
+    step = int(named.group(1)) if named and step is None else step
     if step is not None and step not in steps:
         raise ConfigError(f"no checkpoint of step {step} in {folder}; it has {', '.join(map(str, steps))}")
-    return steps[-1] if step is None else step
+    return folder, steps[-1] if step is None else step
+
+
+def _nothing_there(folder: Path) -> str:
+    """Why `folder` is not a checkpoint's, with the folders in it that are."""
+    if not folder.is_dir():
+        return f"{folder} is no folder; give one such as base_checkpoints/d24 of a nanochat run, with its model_<step>.pt"
+    inside = sorted({f.parent for depth in ("*", "*/*") for f in folder.glob(f"{depth}/model_*.pt")})
+    remedy = f"give one of {', '.join(map(str, inside))}" if inside else "give one such as base_checkpoints/d24 of a nanochat run"
+    return f"no model_<step>.pt in {folder}; {remedy}"
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} is missing; copy it from the nanochat run, it holds the model's shape") from None
+        raise ConfigError(
+            f"{path} is missing; copy it from the nanochat run, it holds the model's shape, or give the step of another checkpoint"
+        ) from None
     except ValueError as e:
         raise ConfigError(f"{path}: not valid JSON ({e}); copy it again from the nanochat run") from None
     if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
@@ -215,15 +254,25 @@ def config_to_nanochat(config: GPTConfig) -> dict[str, Any]:
     }
 
 
+def _refuse_older(weights: dict[str, Tensor], config: GPTConfig, path: Path) -> None:
+    """Raise ConfigError for a model of an earlier nanochat. Its weights might fit, but what they meant has changed since, without a
+    trace in the files: the softcap, the rotary base, the range of gates, the scale of queries and keys, the short window (nanochat
+    gpt.py at 6ed7d1d, 2026-03-09, and a825e63, 2026-03-14). Logits computed by today's constants would be wrong."""
+    gates = {w.shape[-1] for n, w in weights.items() if n.endswith("ve_gate.weight") and w.dim() == 2}
+    if gates - {VE_GATE_CHANNELS}:
+        found = f"has value-embedding gates of {max(gates)} channels, now {VE_GATE_CHANNELS}: it is from before 2026-03-09"
+    elif missing := [name for name in SINCE_MARCH if name not in weights]:
+        found = f"lacks {missing[0]}: it is from before 2026-03-14"
+    else:
+        return
+    raise ConfigError(
+        f"{path}: {found}, and nanochat has changed constants since that no file tells of; use the nanochat of its time"
+    )
+
+
 def _fill_missing(weights: dict[str, Tensor], config: GPTConfig) -> tuple[str, ...]:
-    """Scalars that older nanochat models do not have, set so that they do nothing (nanochat fills the first two alike)."""
-    neutral = {
-        "resid_lambdas": torch.ones(config.depth),
-        "x0_lambdas": torch.zeros(config.depth),
-        "smear_gate.weight": torch.zeros(1, 24),
-        "smear_lambda": torch.zeros(1),
-        "backout_lambda": torch.zeros(1),
-    }
+    """Scalars that nanochat itself fills where they are missing, set so that they do nothing (checkpoint_manager.py)."""
+    neutral = {"resid_lambdas": torch.ones(config.depth), "x0_lambdas": torch.zeros(config.depth)}
     missing = tuple(name for name in neutral if name not in weights)
     weights.update({name: neutral[name] for name in missing})
     return missing

@@ -27,6 +27,7 @@ from nanochat_model.distributed import Ranks, barrier, current_ranks, on_main
 from nanochat_model.errors import ConfigError
 from nanochat_model.evaluate import evaluate_loss
 from nanochat_model.identity import from_dict, run_id, write_atomic
+from nanochat_model.interop import inherited_config
 from nanochat_model.loader import rank_rows
 from nanochat_model.loop import Batch
 from nanochat_model.mixture import Source, parse_sources
@@ -257,7 +258,7 @@ def _warm_start(optimizer: Any, base: Path) -> None:
 def sft_recipe(config: SFTConfig, base: Path, data: SFTData) -> SFTRecipe:
     """The recipe that resolves fine-tunings of the checkpoint at `base` on `data`."""
     state = read_state(base)
-    inherited = state.config or TrainConfig(model=state.model, batch_tokens=32 * state.model.sequence_len)
+    inherited = state.config or inherited_config(state)
     length = state.model.sequence_len
     loader = ConversationLoader(data.train, sequence_len=length, rows_per_batch=1, seed=config.seed)
     return SFTRecipe(

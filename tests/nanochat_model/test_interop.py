@@ -10,6 +10,7 @@ import reference_model as ref
 import torch
 
 import nanochat_model
+from nanochat_model.checkpoint import read_state
 from nanochat_model.errors import ConfigError
 from nanochat_model.evaluate import evaluate_bpb
 from nanochat_model.interop import export_nanochat, import_nanochat
@@ -73,13 +74,41 @@ def test_the_last_step_is_taken_unless_told(tmp_path):
         import_nanochat(tmp_path / "d4", tmp_path / "c", step=6)
 
 
-def test_scalars_that_older_models_lack_are_filled_without_effect(tmp_path):
+def test_a_file_a_wrong_folder_and_a_folder_not_yet_converted(tmp_path):
+    for step in (5, 1000):
+        write(tmp_path / "base_checkpoints" / "d4", step=step)
+    folder = tmp_path / "base_checkpoints" / "d4"
+    assert import_nanochat(folder / "model_000005.pt", tmp_path / "a").name == "step_000005"
+    for wrong in (tmp_path, folder.parent):
+        with pytest.raises(ConfigError, match=f"no model_<step>.pt in {wrong}; give one of {folder}$"):
+            import_nanochat(wrong, tmp_path / "out")
+    with pytest.raises(ConfigError, match="nowhere is no folder"):
+        import_nanochat(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ConfigError, match="is a nanochat checkpoint; convert it first: nanoladder import-nanochat"):
+        nanochat_model.load(str(folder))
+    with pytest.raises(ConfigError, match=r"torch sees no GPU|sees \d+ GPUs"):
+        nanochat_model.load(str(tmp_path / "a"), device="cuda:99")
+
+
+def test_a_tokenizer_that_does_not_fit_can_be_left_behind(tmp_path):
+    write(tmp_path / "base_checkpoints" / "d4")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.pkl").write_bytes(b"\x80\x04")
+    with pytest.raises(ConfigError, match="not a pickled tiktoken Encoding"):
+        import_nanochat(tmp_path / "base_checkpoints" / "d4", tmp_path / "out")
+    folder = import_nanochat(tmp_path / "base_checkpoints" / "d4", tmp_path / "out", tokenizer="none")
+    assert not (tmp_path / "out" / "tokenizer").exists() and read_state(folder).extra["tokenizer_path"] == ""
+
+
+def test_scalars_that_nanochat_fills_are_filled_without_effect(tmp_path):
     weights = ref.random_weights(CONFIG)
-    old = ("resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda")
+    old = ("resid_lambdas", "x0_lambdas")
     config = {k: v for k, v in CONFIG.items() if k != "window_pattern"}
     write(tmp_path / "d4", weights={n: w for n, w in weights.items() if n not in old}, config=config)
-    model = nanochat_model.load(str(import_nanochat(tmp_path / "d4", tmp_path / "out")))
-    neutral = {n: torch.zeros_like(weights[n]) for n in old} | {"resid_lambdas": torch.ones(4)}
+    folder = import_nanochat(tmp_path / "d4", tmp_path / "out")
+    assert read_state(folder).extra["filled"] == list(old)
+    model = nanochat_model.load(str(folder))
+    neutral = {"x0_lambdas": torch.zeros(4), "resid_lambdas": torch.ones(4)}
     idx = torch.randint(0, 100, (1, 150))
     expected = ref.logits({n: w.double() for n, w in (weights | neutral).items()}, {**CONFIG, "window_pattern": "L"}, idx)
     assert (model(idx) - expected).abs().max() < 1e-4
@@ -96,6 +125,10 @@ def broken_checkpoints():
     return {
         "lacks transformer.h.3.attn.ve_gate.weight": {"weights": without},
         "has extra.weight, which": {"weights": {**weights, "extra.weight": torch.zeros(1)}},
+        "lacks smear_lambda: it is from before": {"weights": {n: w for n, w in weights.items() if n != "smear_lambda"}},
+        "gates of 32 channels, now 12: it is from before": {
+            "weights": {n: torch.zeros(2, 32) if n.endswith("ve_gate.weight") else w for n, w in weights.items()}
+        },
         "is \\(128, 64\\), its meta file": {"config": {**CONFIG, "vocab_size": 500}},
         "lacks n_head": {"config": {k: v for k, v in CONFIG.items() if k != "n_head"}},
         "has the unknown key n_experts": {"config": {**CONFIG, "n_experts": 8}},

@@ -26,6 +26,7 @@ from nanochat_model.checkpoint import (
 from nanochat_model.config import TrainConfig
 from nanochat_model.conversation_set import ConversationLoader
 from nanochat_model.errors import ConfigError
+from nanochat_model.interop import inherited_config
 from nanochat_model.loop import Batch
 from nanochat_model.record import RunRecord
 from nanochat_model.session import build_stepper
@@ -188,7 +189,8 @@ def test_only_supervised_targets_count(base: Path) -> None:
 def test_an_imported_model_has_no_optimizer_to_take_over(base: Path, conversations: Path, tmp_path: Path) -> None:
     ours = find_latest(base / CHECKPOINTS_DIR)
     assert ours is not None
-    state = CheckpointState(kind="imported", step=8, model=read_state(ours).model)
+    meta = {"user_config": {"matrix_lr": 0.05, "unembedding_lr": None}, "total_batch_size": 192}
+    state = CheckpointState(kind="imported", step=8, model=read_state(ours).model, extra={"source_meta": meta})
     imported = save_checkpoint(tmp_path / "imported", state, read_model_state(ours))
     copy_tokenizer(base / "tokenizer", tmp_path)
     options = {"base_checkpoint": imported, "conversations": conversations, "run_dir": tmp_path / "sft"}
@@ -197,6 +199,9 @@ def test_an_imported_model_has_no_optimizer_to_take_over(base: Path, conversatio
         sft(config, RUNTIME, **options)
     record = sft(dataclasses.replace(config, warm_start=False), RUNTIME, **options)
     assert record.status == "complete" and record.train_config.batch_tokens == 128
+    rates = record.train_config.optimizer
+    assert (rates.matrix_lr, rates.unembedding_lr) == pytest.approx((0.8 * 0.05, 0.8 * 0.008)), "told by the checkpoint, and not"
+    assert inherited_config(state).batch_tokens == 192
 
 
 def test_bad_input_is_told(base: Path, conversations: Path, tmp_path: Path) -> None:

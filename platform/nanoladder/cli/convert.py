@@ -18,23 +18,38 @@ class ImportNanochat:
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
-    """Folder with model_*.pt and meta_*.json."""
+    """Folder with model_*.pt and meta_*.json, or one of these model files."""
     out: str
     """Folder to write."""
     step: int | None = None
     """Which checkpoint of the folder; left out: the newest."""
     tokenizer: str | None = None
-    """nanochat's tokenizer folder; left out: looked for in the folder and two folders up, as nanochat lays it out."""
+    """nanochat's tokenizer folder, or none; left out: looked for in the folder and two folders up, as nanochat lays it out."""
     json: Json = False
 
     def run(self) -> None:
+        from nanochat_model.checkpoint import read_state
+        from nanochat_model.counts import count_params
         from nanochat_model.interop import import_nanochat
 
         folder = import_nanochat(self.checkpoint, self.out, step=self.step, tokenizer=self.tokenizer)
+        state = read_state(folder)
+        facts = {
+            "checkpoint": str(folder),
+            "step": state.step,
+            "depth": state.model.depth,
+            "num_params": count_params(state.model).total,
+            "val_bpb": state.extra["source_meta"].get("val_bpb"),
+            "tokenizer": state.extra["tokenizer_path"] or None,
+            "filled": state.extra["filled"],
+        }
         if self.json:
-            print_json({"checkpoint": str(folder)})
-        else:
-            print(f"written: {folder}")
+            print_json(facts)
+            return
+        print(f"written: {folder} (step {state.step}, depth {state.model.depth}, {facts['num_params']:,} parameters)")
+        print(f"tokenizer: {facts['tokenizer'] or 'none found; give --tokenizer, chat and evaluation need one'}")
+        if facts["filled"]:
+            print(f"missing and filled as nanochat does, without effect: {', '.join(state.extra['filled'])}")
 
 
 @dataclass(frozen=True, kw_only=True)

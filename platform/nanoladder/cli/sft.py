@@ -30,6 +30,12 @@ class SftOptions:
     """0: the base's."""
     lr_fraction: float = 0.8
     """Of the learning rates that the base was trained with."""
+    warmup_fraction: float = 0.0
+    """Of the steps."""
+    warmdown_fraction: float = 0.5
+    """Of the steps, at the end."""
+    final_lr_fraction: float = 0.0
+    """Of the learning rates, at the last step."""
     cold_start: bool = False
     """Take over the base's weights, but not its optimizer state (an imported base has none)."""
     eval_every_steps: int = 0
