@@ -18,7 +18,7 @@ from nanochat_model.config import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat_model.errors import ConfigError
 from nanochat_model.fp8 import RECIPES, eligible, fp8_linear
 from nanochat_model.init import initial_tensor
-from nanochat_model.loss import cross_entropy, softcapped_logits
+from nanochat_model.loss import IGNORE_INDEX, cross_entropy, softcapped_logits
 from nanochat_model.native import ops as native
 from nanochat_model.native.attention import Meaning, core_attention, fused
 from nanochat_model.native.layers import AttentionLayer, Embed, Feedforward, Look
@@ -213,7 +213,11 @@ class GPT(nn.Module):
         return backend.name
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Float32 logits (B, T, V) of token ids (B, T); with a cache these follow what it holds and are added to it."""
+        """Float32 logits (B, T, V) of token ids (B, T); with a cache these follow what it holds and are added to it.
+
+        Raises ConfigError on ids that are not whole numbers of this shape and vocabulary, and on more than `max_tokens` positions.
+        """
+        idx = checked_ids(idx, self.config.vocab_size)
         return softcapped_logits(self._features(idx, cache), self.lm_head.weight, self.config.vocab_size)
 
     def next_logits(self, idx: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
@@ -224,7 +228,8 @@ class GPT(nn.Module):
         return softcapped_logits(x, self.lm_head.weight, self.config.vocab_size)
 
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats of targets (B, T), -1 ignored: 0-d for "mean" and "sum", (B, T) for "none"."""
+        """Cross-entropy in nats of targets (B, T), -1 ignored: 0-d for "mean" and "sum", (B, T) for "none". Raises as `forward`."""
+        idx, targets = checked_ids(idx, self.config.vocab_size), checked_ids(targets, self.config.vocab_size, least=IGNORE_INDEX)
         x = self.features(idx).flatten(0, 1)
         out = cross_entropy(x, self.lm_head.weight, targets.flatten(), self.config.vocab_size, reduction)
         return out.view_as(targets) if reduction == "none" else out
@@ -268,6 +273,22 @@ class GPT(nn.Module):
         cache.last = x[:, -1:] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1].unsqueeze(1)
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         return x + gate * before
+
+
+def checked_ids(ids: Tensor, vocab_size: int, least: int = 0) -> Tensor:
+    """`ids` as int64, after checking that they are (B, T) whole numbers in least..vocab_size-1. Raises ConfigError.
+
+    The kernels read what the ids point at, so one that leaves the table must not reach them. On a GPU the range is left to torch's
+    own assertion there: looking at the ids would wait for the device.
+    """
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        found = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ConfigError(f"token ids are {found}; give a tensor of whole numbers of shape (rows, positions)")
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = (int(v) for v in ids.aminmax())
+        if low < least or high >= vocab_size:
+            raise ConfigError(f"token ids {low}..{high} leave the vocabulary {least}..{vocab_size - 1}; use the model's tokenizer")
+    return ids.long()
 
 
 def compile_training(model: GPT) -> None:

@@ -153,6 +153,41 @@ def test_counts_match_the_built_model_to_the_unit():
             assert flops_per_token(config) == 6 * matmul + sum(12 * 96 * w for w in windows)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ids_of_any_length_layout_and_width(dtype, kernels):
+    """One token, one row, more than a training row, columns of another tensor, four bytes an id: always what the reference says."""
+    model, config, slow, _, _ = both("one layer, one kv head", dtype)
+    near = 2e-5 if dtype == torch.float32 else 0.3
+    wide = torch.randint(0, config["vocab_size"], (9 * config["sequence_len"], 2), generator=torch.Generator().manual_seed(2))
+    expected = ref.logits(slow, config, wide.T)
+    for found in (model(wide.T), model(wide.T.int()), model(wide.T.contiguous())):
+        assert found.shape == expected.shape and (found - expected).abs().max() < near
+    for T in (1, 2):
+        assert (model(wide.T[:1, :T]) - expected[:1, :T]).abs().max() < near
+    total = [model.loss(x, y, "sum") for x, y in ((wide.T, wide.T.roll(-1, 1)), (wide.T.int(), wide.T.roll(-1, 1).int()))]
+    assert torch.equal(*total)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([[1, 130]]), r"ids 1..130 leave the vocabulary 0..129"),
+        (torch.tensor([[3, -1]]), r"ids -1..3 leave the vocabulary 0..129"),
+        (torch.tensor([1, 2]), r"ids are \(2,\) of torch.int64; give a tensor of whole numbers of shape"),
+        (torch.tensor([[1.0, 2.0]]), "ids are .*float32"),
+        ([[1, 2]], "ids are list"),
+        (torch.zeros(1, 91, dtype=torch.int64), "91 tokens exceed the model's 90 positions"),
+    ],
+)
+def test_ids_that_no_table_has_are_named(ids, message):
+    model = GPT(config_from_nanochat(CONFIGS["one layer, one kv head"])).init_weights(0)
+    with pytest.raises(ConfigError, match=message):
+        model(ids)
+    if isinstance(ids, torch.Tensor) and ids.shape != (1, 91):
+        with pytest.raises(ConfigError, match=message):
+            model.loss(ids, ids)
+
+
 def test_d24_has_the_published_size_when_built():
     with torch.device("meta"):
         model = GPT(GPTConfig.from_depth(24))
