@@ -11,7 +11,7 @@ from typing import Any, Literal
 from nanochat_model import diagnostics
 from nanochat_model.callbacks import Callbacks, StepInfo
 from nanochat_model.checkpoint import CHECKPOINTS_DIR, CheckpointState, capture_rng, copy_tokenizer, save_checkpoint, step_dir
-from nanochat_model.distributed import all_max, barrier, broadcast, first_text
+from nanochat_model.distributed import all_max, broadcast, first_text, on_main
 from nanochat_model.evaluate import evaluate_bpb
 from nanochat_model.identity import run_id
 from nanochat_model.loop import FrozenGarbage, Multipliers, frozen_garbage
@@ -116,7 +116,7 @@ class Runner:
         report = last or bool(metrics) or _due(p.step, max(1, self.runtime.log_every_steps))
         evaluate = _due(p.step, self.config.eval.every_steps) and not last
         core = _due(p.step, self.runtime.core_every_steps) and bool(self.runtime.core_bundle) and not last
-        sample = _due(p.step, self.runtime.sample_every_steps)
+        sample = _due(p.step, self.runtime.sample_every_steps) or (last and self.runtime.sample_every_steps > 0)
         save = self._save_due(report) and not last
         if not (report or evaluate or core or sample or save):
             return False
@@ -186,44 +186,47 @@ class Runner:
         self.callbacks.call("on_metrics", self.progress.step, result.as_metrics())
 
     def _sample(self) -> None:
-        if self.ranks.is_main:
+        def on_one_rank() -> None:
             from nanochat_model.chat import sample_texts
 
             texts = sample_texts(self.session.model, self.session.tokenizer())
             self.callbacks.call("on_sample", self.progress.step, texts)
-        barrier()
+
+        on_main(on_one_rank)
 
     def _save_if(self, due: bool) -> None:
         if not due or self.runtime.keep_last <= 0:
             return
-        p = self.progress
+        step = self.progress.step
         optimizer_state = self.session.optimizer.consolidated_state(dst=0)  # every rank takes part
-        if self.ranks.is_main:
-            state = CheckpointState(
-                kind=self.kind,
-                step=p.step,
-                model=self.config.model,
-                config=self.config,
-                run_id=run_id(self.config),
-                parents=self.parents,
-                rng=capture_rng(),
-                curve=tuple(p.curve),
-                seconds=p.clock.seconds,
-                loop=p.as_loop_state() | self.session.stepper.loss_scale.as_dict(),
-                extra=self.extra,
-            )
-            copy_tokenizer(self.session.tokenizer_dir, self.run_dir)
-            save_checkpoint(
-                self.run_dir / CHECKPOINTS_DIR,
-                state,
-                self.session.model.state_dict(),
-                optimizer_state,
-                keep_last=self.runtime.keep_last,
-                keep_steps=self.runtime.keep_steps,
-            )
-        self._saved_step, self._saved_at = p.step, time.monotonic()
-        barrier()
-        self.callbacks.call("on_checkpoint", step_dir(self.run_dir / CHECKPOINTS_DIR, p.step), p.step)
+        on_main(lambda: self._write_checkpoint(optimizer_state))  # a full disk ends every rank, not one while the others wait
+        self._saved_step, self._saved_at = step, time.monotonic()
+        self.callbacks.call("on_checkpoint", step_dir(self.run_dir / CHECKPOINTS_DIR, step), step)
+
+    def _write_checkpoint(self, optimizer_state: Any) -> None:
+        p = self.progress
+        state = CheckpointState(
+            kind=self.kind,
+            step=p.step,
+            model=self.config.model,
+            config=self.config,
+            run_id=run_id(self.config),
+            parents=self.parents,
+            rng=capture_rng(),
+            curve=tuple(p.curve),
+            seconds=p.clock.seconds,
+            loop=p.as_loop_state() | self.session.stepper.loss_scale.as_dict(),
+            extra=self.extra,
+        )
+        copy_tokenizer(self.session.tokenizer_dir, self.run_dir)
+        save_checkpoint(
+            self.run_dir / CHECKPOINTS_DIR,
+            state,
+            self.session.model.state_dict(),
+            optimizer_state,
+            keep_last=self.runtime.keep_last,
+            keep_steps=self.runtime.keep_steps,
+        )
 
 
 def _beside(usual_mfu: float) -> str:

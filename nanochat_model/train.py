@@ -249,6 +249,7 @@ def make_record(
     parents: dict[str, str],
     started: float,
 ) -> RunRecord:
+    """What there is to say of a run as it stands; one that reports over 100% of its device's peak has failed."""
     config = session.config
     rate = progress.tokens_per_second
     mfu = progress.mfu(rate)
@@ -324,6 +325,12 @@ def decay_from(
     Tokens, FLOPs, seconds and curve count from the trunk's start: they are the cost of this model. `labels`: callbacks, name,
     sweep, stage, tags … as in `pretrain`. Raises ConfigError when the trunk has no intact checkpoint at `step`.
     """
+    config, path = decay_start(trunk_run_dir, step, decay_steps=decay_steps)
+    return pretrain(config, runtime, run_dir=run_dir, start_from=path, **labels)
+
+
+def decay_start(trunk_run_dir: str | Path, step: int, *, decay_steps: int) -> tuple[TrainConfig, Path]:
+    """Config of a decay off the trunk's checkpoint at `step`, and that checkpoint's folder, verified. Raises ConfigError."""
     path = step_dir(Path(trunk_run_dir) / CHECKPOINTS_DIR, step)
     if not path.is_dir():
         have = ", ".join(str(step_of(p)) for p in all_checkpoints(path.parent)) or "none"
@@ -334,7 +341,7 @@ def decay_from(
     trunk = read_state(path).config
     if trunk is None:
         raise ConfigError(f"{path} holds no training config, so nothing can decay from it")
-    return pretrain(decay_config(trunk, step, decay_steps=decay_steps), runtime, run_dir=run_dir, start_from=path, **labels)
+    return decay_config(trunk, step, decay_steps=decay_steps), path
 
 
 if __name__ == "__main__":

@@ -6,24 +6,24 @@ any field of the resolved config afterwards.
 
 from __future__ import annotations
 
-import math
+import json as jsonlib
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from nanochat_model.callbacks import Callback, StepInfo
+from nanochat_model.callbacks import Callback
 from nanochat_model.config import ComputeDtype, DataConfig, GPTConfig, Packing, RuntimeConfig, ScheduleKind, TrainConfig
-from nanochat_model.counts import count_params, flops_per_token
+from nanochat_model.console import Console, describe, summary
 from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
 from nanochat_model.identity import run_id
 from nanochat_model.recipe import NANOCHAT, Recipe
-from nanochat_model.record import CurvePoint, RunRecord
-from nanochat_model.step_shares import describe_startup, describe_times
+from nanochat_model.record import RunRecord
 
 EXAMPLES = """\
 Examples:
@@ -37,6 +37,10 @@ Examples:
   another weight decay and batch, everything else by the recipe:
     python -m nanochat_model.train shards --depth 4 --batch-tokens 16384 --set optimizer.weight_decay=0.1
   go on after an interruption: the same command again; from an earlier checkpoint: --resume-from-step 1000
+  a trunk, and a model of 1200 steps that decays from its checkpoint at step 1000:
+    python -m nanochat_model.train shards --depth 4 --num-steps 4000 --schedule constant_then_decay --warmdown-fraction 0 \\
+        --keep-steps 1000 2000 --run-dir trunk
+    python -m nanochat_model.train shards --decay-from trunk@1000 --decay-steps 200 --run-dir decay
 """
 
 
@@ -119,6 +123,7 @@ class RecipeArgs:
     """Steps between evaluations; 0: only at the end."""
 
     def recipe(self) -> Recipe:
+        """nanochat's recipe with these reference values."""
         optimizer = replace(
             NANOCHAT.optimizer,
             matrix_lr=self.matrix_lr,
@@ -172,10 +177,16 @@ class Arguments:
     """Go on from this checkpoint instead of the newest; newer ones are set aside."""
     horizon_change: Literal["refuse", "exact", "follow_new"] = "refuse"
     """How to treat the schedule when a run in progress is given another horizon."""
+    decay_from: str = ""
+    """RUN_DIR@STEP: a short decay from that checkpoint of a trunk, whose model, batch and rates it takes."""
+    decay_steps: int = 0
+    """With --decay-from: steps of warm-down."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Replace any field of the resolved config, e.g. --set optimizer.polar_steps=4; repeatable."""
     dry_run: bool = False
     """Print what would be trained and stop."""
+    json: bool = False
+    """Print the result as one JSON object on standard output; progress goes to standard error."""
 
     def train_config(self, data: DataConfig, vocab_size: int) -> TrainConfig:
         """The resolved config. Raises ConfigError on values that do not fit."""
@@ -196,107 +207,44 @@ def parse_assignments(texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-class Console(Callback):
-    """One line a report on standard output."""
+def resolve_run(args: Arguments) -> tuple[TrainConfig, Path | None]:
+    """What to train, and the trunk checkpoint to start from, if any. Raises ConfigError."""
+    from nanochat_model.shard_set import ShardSet
+    from nanochat_model.train import decay_start
 
-    def __init__(self, config: TrainConfig, runtime: RuntimeConfig, num_devices: int, peak_flops: float | None) -> None:
-        self._runtime = runtime
-        self._num_devices = num_devices
-        self._peak = "peak unknown" if peak_flops is None else f"{peak_flops / 1e12:.0f} TFLOP/s peak"
-        self._batch_tokens = config.batch_tokens
-        self._startup: dict[str, float] = {}
-        self._times: dict[str, float] = {}
-
-    def on_step(self, info: StepInfo) -> None:
-        if info.startup_seconds != self._startup:
-            self._startup = info.startup_seconds
-            print(describe_startup(info.startup_seconds), flush=True)
-        left = (info.num_steps - info.step) * self._batch_tokens / max(info.tokens_per_second, 1e-9)
-        parts = [
-            f"step {info.step}/{info.num_steps} ({100 * info.step / info.num_steps:.1f}%)",
-            f"loss {info.smooth_train_loss:.4f}",
-            f"lr ×{info.lr_multiplier:.3f}",
-            f"{info.tokens_per_second:,.0f} tok/s",
-            "mfu unknown" if info.mfu is None else f"mfu {info.mfu:.1%} of {self._peak}",
-            f"{info.seconds / 60:.1f} min, {left / 60:.1f} left",
-        ]
-        if self._runtime.price_per_device_hour:
-            parts.append(f"${info.seconds / 3600 * self._runtime.price_per_device_hour * self._num_devices:.2f}")
-        if info.skipped_steps:
-            parts.append(f"{info.skipped_steps} steps skipped")
-        print(" | ".join(parts), flush=True)
-        if _moved(self._times, info.step_seconds):
-            self._times = info.step_seconds
-            print(f"  a step: {describe_times(info.step_seconds, info.rank_compute_seconds)}", flush=True)
-        if info.diagnostics:
-            print_diagnostics(info.diagnostics)
-
-    def on_eval(self, point: CurvePoint) -> None:
-        print(f"step {point.step}: validation {point.val_bpb:.6f} bits per byte", flush=True)
-
-    def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        print(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()), flush=True)
-
-    def on_sample(self, step: int, texts: Sequence[str]) -> None:
-        for text in texts:
-            print(f"step {step} sample: {text!r}", flush=True)
-
-    def on_checkpoint(self, path: Path, step: int) -> None:
-        print(f"step {step}: saved {path}", flush=True)
-
-
-def _moved(told: Mapping[str, float], seconds: Mapping[str, float]) -> bool:
-    """Whether any part's share of a step is over 5 points from what was told."""
-    before, now = sum(told.values()), sum(seconds.values())
-    return now > 0 and (not before or any(abs(told[part] / before - s / now) > 0.05 for part, s in seconds.items()))
-
-
-def print_diagnostics(metrics: Mapping[str, float]) -> None:
-    """The range of each kind of diagnostic over layers, a line each."""
-    kinds: dict[str, list[tuple[float, str]]] = {}
-    for key, value in metrics.items():
-        kind, _, where = key.partition("/")
-        if math.isfinite(value):
-            kinds.setdefault(kind, []).append((value, where))
-    for kind, values in kinds.items():
-        (low, at_low), (high, at_high) = min(values), max(values)
-        print(f"  {kind}: {low:.3g} {at_low} … {high:.3g} {at_high}" if len(values) > 1 else f"  {kind}: {low:.3g}")
-
-
-def describe(config: TrainConfig) -> str:
-    """What a config means, in a few lines."""
-    counts, per_token = count_params(config.model), flops_per_token(config.model)
-    return "\n".join(
-        [
-            f"run {run_id(config)}: depth {config.model.depth}, width {config.model.model_dim}, {counts.total:,} parameters, "
-            f"{counts.scaling:,} of them scaling parameters",
-            f"{config.num_tokens:,} tokens in {config.num_steps:,} steps of {config.batch_tokens:,} "
-            f"({config.num_tokens / counts.scaling:.1f} a scaling parameter), {config.num_tokens * per_token:.3g} FLOPs",
-            f"matrix_lr {config.optimizer.matrix_lr:.4g}, weight_decay {config.optimizer.weight_decay:.4g}, {config.compute_dtype}",
-        ]
-    )
+    shards = ShardSet.open(args.shards)
+    if not args.decay_from:
+        if args.decay_steps:
+            raise ConfigError(f"--decay-steps {args.decay_steps} needs --decay-from RUN_DIR@STEP")
+        return args.train_config(shards.data_config(args.packing), len(shards.token_bytes)), None
+    trunk, _, step = args.decay_from.rpartition("@")
+    if not trunk or not step.isdigit():
+        raise ConfigError(f"--decay-from {args.decay_from!r} is not of the form RUN_DIR@STEP, for example trunk@1000")
+    if args.set or (args.model, args.horizon, args.recipe) != (ModelArgs(), HorizonArgs(), RecipeArgs()):
+        raise ConfigError("--decay-from takes model, batch, rates and schedule from the trunk; leave out their options")
+    config, start_from = decay_start(trunk, int(step), decay_steps=args.decay_steps)
+    return replace(config, data=replace(config.data, path=str(shards.path))), start_from
 
 
 def run(args: Arguments) -> RunRecord | None:
     """Resolve, train and return the record (None for a dry run)."""
     from nanochat_model import device as devices
     from nanochat_model.distributed import process_group
-    from nanochat_model.shard_set import ShardSet
     from nanochat_model.train import pretrain, rewind
 
     devices.tune_process(args.runtime.num_threads)
-    shards = ShardSet.open(args.shards)
-    config = args.train_config(shards.data_config(args.packing), len(shards.token_bytes))
+    config, start_from = resolve_run(args)
     run_dir = Path(args.run_dir or Path("runs") / run_id(config))
+    tell = partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.dry_run:
-        print(describe(config))
+        print(jsonlib.dumps({"run_id": run_id(config), **asdict(config)}, indent=2) if args.json else describe(config))
         return None
     with process_group(args.runtime.device.replace("auto", "")) as ranks:
         callbacks: list[Callback] = []
         if ranks.is_main:
-            print(describe(config), flush=True)
+            tell(describe(config))
             device = devices.choose_device(args.runtime.device, ranks.local_rank)
-            callbacks.append(Console(config, args.runtime, ranks.world_size, devices.peak_flops(device)))
+            callbacks.append(Console(tell, config, args.runtime, ranks.world_size, devices.peak_flops(device)))
         if args.resume_from_step >= 0:
             rewind(run_dir, args.resume_from_step)
         record = pretrain(
@@ -307,9 +255,12 @@ def run(args: Arguments) -> RunRecord | None:
             resume=args.resume,
             name=args.name,
             horizon_change=args.horizon_change,
+            start_from=start_from,
         )
         if ranks.is_main:
-            print(f"{record.status}: {record.error or f'{record.val_bpb:.6f} bits per byte'}; record in {run_dir}", flush=True)
+            tell(f"{record.status}: {record.error or f'{record.val_bpb:.6f} bits per byte'}; record in {run_dir}")
+            if args.json:
+                print(jsonlib.dumps(summary(record, run_dir), indent=2))
     return record
 
 

@@ -212,4 +212,5 @@ def test_training_scores_core_now_and_at_the_end(bundle: Path, tmp_path: Path) -
         == scores.metrics[1][1]["core"]
         == evaluate_core(load_model(str(tmp_path)), tiny_shards().tokenizer, str(bundle), max_per_task=5).core
     )
-    assert [step for step, _ in scores.samples] == [3] and scores.samples[0][1][0].startswith("def ")
+    assert [step for step, _ in scores.samples] == [3, 4], "and after the last step"
+    assert scores.samples[0][1][0].startswith("def ")

@@ -82,9 +82,10 @@ def test_evaluation_is_the_same_to_the_bit(ranks: tuple[Path, list[dict[str, Any
 
 
 def test_every_rank_is_told_the_same(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
-    first = {k: v for k, v in ranks[1][0].items() if k != "tokens"}
+    own = ("tokens", "resumed_tokens")
+    first = {k: v for k, v in ranks[1][0].items() if k not in own}
     for result in ranks[1][1:]:
-        assert json.dumps({k: v for k, v in result.items() if k != "tokens"}) == json.dumps(first)
+        assert json.dumps({k: v for k, v in result.items() if k not in own}) == json.dumps(first)
 
 
 def test_ranks_read_disjoint_rows_that_make_up_the_batch(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -101,6 +102,8 @@ def test_resumes_on_another_number_of_ranks(ranks: tuple[Path, list[dict[str, An
     """A checkpoint of one process goes on in several, and one of several in one process."""
     folder, results = ranks
     np.testing.assert_allclose(results[0]["resumed"]["losses"], alone()["losses"][6:], rtol=2e-5)
+    for result in results:
+        assert {int(k): rows for k, rows in result["resumed_tokens"].items()} == dict(list(enumerate(result["tokens"]))[6:])
     (folder / "whole" / "record.json").unlink()
     last = folder / "whole" / "checkpoints" / "step_000012"
     last.rename(last.with_name("set-aside"))
@@ -142,6 +145,11 @@ def test_a_stop_on_one_rank_stops_all_at_the_same_step(ranks: tuple[Path, list[d
 def test_fine_tuning_is_the_same_on_one_rank(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     """Ranks with different numbers of supervised targets still make one mean over the batch."""
     np.testing.assert_allclose(ranks[1][0]["sft"], rank_jobs.tune(ranks[0]), rtol=2e-5)
+
+
+def test_a_full_disk_ends_every_rank_and_the_checkpoint_before_is_used(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for result in ranks[1]:
+        assert result["full_disk"] == "no space left on device; 4 steps were left"
 
 
 def test_errors_reach_every_rank(ranks: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -57,9 +57,34 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "scaling parameters" in out and "(3.0 a scaling parameter)" in out and not (tmp_path / "r").exists()
 
 
+def test_a_trunk_and_two_decays_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Standard output holds one JSON object; a decay is a record of its own with the trunk as parent."""
+    trunk = ["--run-dir", str(tmp_path / "trunk"), "--num-steps", "6", "--schedule", "constant_then_decay"]
+    assert call(*trunk, "--warmdown-fraction", "0", "--keep-steps", "2", "4", "--log-every-steps", "2", "--json") == 0
+    printed = capsys.readouterr()
+    facts, record = json.loads(printed.out), RunRecord.load(tmp_path / "trunk")
+    assert (facts["run_id"], facts["status"], facts["val_bpb"]) == (record.run_id, "complete", record.val_bpb)
+    assert facts["checkpoint"] == str(tmp_path / "trunk/checkpoints/step_000006") and "curve" not in facts
+    assert "step 6/6" in printed.err and "bits per byte" in printed.err
+    for step in (2, 4):
+        run_dir = tmp_path / f"decay{step}"
+        options = ["--decay-from", f"{tmp_path / 'trunk'}@{step}", "--decay-steps", "2", "--run-dir", str(run_dir)]
+        with pytest.raises(SystemExit) as e:
+            main([str(tiny_shards().path), *options, "--device", "cpu", "--num-threads", "1", "--json"])
+        facts = json.loads(capsys.readouterr().out)
+        assert e.value.code == 0 and facts["num_tokens"] == (step + 2) * 256 and facts["run_id"] != record.run_id
+        assert RunRecord.load(run_dir).config.trunk == f"{record.run_id}@{step}" and facts["parents"]["trunk"]
+    assert call("--decay-from", f"{tmp_path / 'trunk'}@4", "--decay-steps", "2") == 2
+    assert "takes model, batch, rates and schedule from the trunk" in capsys.readouterr().err
+    assert call("--num-steps", "3", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["num_steps"] == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--decay-steps", "3"], "needs --decay-from"),
+        (["--decay-from", "trunk"], "not of the form RUN_DIR@STEP"),
         (["--num-steps", "3", "--num-tokens", "1e5"], "give exactly one"),
         (["--num-steps", "3", "--set", "optimizer.matrix_rl=1"], "did you mean 'optimizer.matrix_lr'"),
         (["--num-steps", "3", "--set", "seed"], "not of the form key=value"),

@@ -47,12 +47,13 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subp
     folder = tmp_path_factory.mktemp("hub")
     write_jsonl(folder / "docs.jsonl", [{"text": text} for text in texts(200)])
     made = ["--make", "local/text", "--source", str(folder / "docs.jsonl"), "--num-shards", "3", "--port", "0"]
-    command = [sys.executable, "-uc", "from nanoladder.cli import main; main()", "data", "mirror", "--root", str(folder), *made]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    arguments = ["data", "mirror", "--root", str(folder), *made, "--json"]
+    command = [sys.executable, "-c", "from nanoladder.cli import main; main()", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    lines = iter(process.stdout.readline, "")
-    address = next(line.split(" at ")[1].split(";")[0] for line in lines if " at http" in line)
-    yield address, process
+    facts = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")  # told once it answers
+    assert facts["datasets"] == ["local/text"]
+    yield facts["endpoint"], process
     process.kill()
     process.wait()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -168,25 +170,30 @@ class DataMirror:
     """With --make: stdlib, site-packages, or a file or folder of parquet or jsonl with a `text` column."""
     num_shards: int = 8
     """With --make: files to deal its documents into."""
+    json: Annotated[bool, tyro.conf.arg(help="Print address and data sets as one JSON object once it answers.")] = False
 
     def run(self) -> None:
         from nanoladder.mirror import Mirror, write_parquet_shards
 
+        tell = partial(print, file=sys.stderr if self.json else sys.stdout, flush=True)
         if self.make:
             if self.make.count("/") != 1:
                 raise ConfigError(f"make {self.make!r} must be owner/name, for example local/stdlib")
             paths = write_parquet_shards(self.source, Path(self.root) / self.make, self.num_shards)
-            print(f"{self.make}: {len(paths)} files, {human(sum(p.stat().st_size for p in paths))}B")
+            tell(f"{self.make}: {len(paths)} files, {human(sum(p.stat().st_size for p in paths))}B")
         with Mirror(self.root, host=self.host, port=self.port) as server:
             names = server.datasets()
             if not names:
                 raise ConfigError(f"{self.root} holds no owner/name/*.parquet; put some there, or give --make owner/name")
-            print(f"mirror of {', '.join(names)} at {server.endpoint}; Ctrl-C ends it", flush=True)
-            print(f"try: nanoladder data download --dataset {names[0]} --shards 0 --endpoint {server.endpoint}", flush=True)
+            if self.json:
+                print_json({"endpoint": server.endpoint, "datasets": names})
+                sys.stdout.flush()  # whoever started it waits for this
+            tell(f"mirror of {', '.join(names)} at {server.endpoint}; Ctrl-C ends it")
+            tell(f"try: nanoladder data download --dataset {names[0]} --shards 0 --endpoint {server.endpoint}")
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
-                print()
+                tell("")
 
 
 class Rate:

@@ -31,12 +31,10 @@ class Train(train_cli.Arguments):
 
     def run(self) -> int:
         from nanochat_model.identity import run_id
-        from nanochat_model.shard_set import ShardSet
 
         root = Workspace(self.storage)
         args = replace(self, shards=self.shards or str(root.shards_dir))
-        shards = ShardSet.open(args.shards)
-        config = args.train_config(shards.data_config(args.packing), shards.vocab_size)
+        config, _ = train_cli.resolve_run(args)
         args = replace(args, run_dir=args.run_dir or str(root.run_dir(run_id(config))))
         record = train_cli.run(args)
         return 1 if record is not None and record.status == "failed" else 0
