@@ -6,6 +6,8 @@ import torch
 from tiny_run import SEQUENCE_LEN, tiny_config, tiny_shards
 
 from nanochat_model import evaluate
+from nanochat_model.chat import sample_texts
+from nanochat_model.errors import ConfigError
 from nanochat_model.evaluate import evaluate_bpb, evaluate_loss
 from nanochat_model.gpt import GPT
 from nanochat_model.loader import Loader
@@ -80,6 +82,16 @@ def test_training_mode_is_given_back(model: GPT, rows: tuple[np.ndarray, np.ndar
     model.train()
     evaluate_loss(model, rows)
     assert model.training
+
+
+def test_fp8_is_for_training_alone() -> None:
+    """No CPU has fp8: a layer that would use it raises, so evaluation, CORE's logits and generation do not."""
+    model = GPT(tiny_config(model__model_dim=128, model__num_heads=4).model, fp8="tensorwise").init_weights(0)
+    ids = torch.zeros(1, SEQUENCE_LEN, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="fp8 needs"):
+        model.train().features(ids)
+    assert evaluate_loss(model, (ids.numpy(), ids.numpy())) > 0 and sample_texts(model, tiny_shards().tokenizer)
+    assert model.training and torch.isfinite(model.eval()(ids)).all()
 
 
 def test_nothing_to_evaluate_is_an_error(model: GPT, rows: tuple[np.ndarray, np.ndarray]) -> None:

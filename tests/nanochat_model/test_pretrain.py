@@ -23,7 +23,7 @@ from nanochat_model.loop import Batch
 from nanochat_model.optim import MuonAdamW
 from nanochat_model.record import CurvePoint, RunRecord
 from nanochat_model.session import Prefetcher
-from nanochat_model.train import pretrain
+from nanochat_model.train import pretrain, rewind
 
 
 class Trace(Callback):
@@ -272,11 +272,14 @@ def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
 
 def test_fp16_trains_with_a_loss_scale(tmp_path: Path) -> None:
     """Too high a scale only costs skipped steps; the scale is part of the checkpoint."""
-    record, trace = run(tmp_path, tiny_config(compute_dtype="float16", num_steps=24))
+    config, runtime = tiny_config(compute_dtype="float16", num_steps=24), dataclasses.replace(RUNTIME, keep_steps=(16,))
+    record, trace = run(tmp_path, config, runtime)
     assert record.status == "complete" and trace.steps[-1].skipped_steps < 12
     assert trace.steps[-1].smooth_train_loss < trace.steps[0].train_loss - 0.5
     state = read_state(find_latest(tmp_path / CHECKPOINTS_DIR))
-    assert state.loop["loss_scale"] >= 1.0
+    assert 1.0 <= state.loop["loss_scale"] < 2.0**16
+    rewind(tmp_path, 16)
+    assert run(tmp_path, config, runtime)[1].losses == trace.losses[16:], "a scale that starts anew would skip steps again"
 
 
 def test_bf16_follows_fp32(tmp_path: Path) -> None:
