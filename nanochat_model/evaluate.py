@@ -42,7 +42,7 @@ def evaluate_bpb(
 
 
 def evaluate_loss(model: Any, rows: tuple[Any, Any], micro_batch_rows: int = 0) -> float:
-    """Mean nats over targets other than -1; as `evaluate_bpb` otherwise."""
+    """Mean nats over targets other than -1; as `evaluate_bpb` otherwise. Raises ConfigError when there is no such target."""
     nats, _, num_targets = sum_losses(model, rows, None, micro_batch_rows)
     if num_targets == 0:
         raise ConfigError("the validation rows hold no target; give more validation data")

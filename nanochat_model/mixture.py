@@ -55,6 +55,8 @@ class Source:
 
     @property
     def training_split(self) -> str:
+        """The split to read: as given, else the dataset's own for training, or for evaluation where it is held out ("" for files).
+        Raises ConfigError for a dataset that has none to train on."""
         dataset = DATASETS.get(self.data.lower())
         default = "" if dataset is None else dataset.eval_split if self.held_out else dataset.train_split
         split = self.split or default

@@ -51,7 +51,7 @@ def _apply(config: Any, overrides: Mapping[str, Any], prefix: str) -> Any:
 
 
 def coerce(value: Any, current: Any, hint: Any, key: str) -> Any:
-    """`value` (perhaps text from a command line) as the type of the field it replaces."""
+    """`value` (perhaps text from a command line) as the type of the field it replaces. Raises ConfigError naming `key`."""
     if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
         raise ConfigError(f"{key} {value!r} must be one of {', '.join(map(repr, typing.get_args(hint)))}")
     try:

@@ -130,6 +130,7 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: str | Path) -> RunRecord:
+        """The record of a run's folder (or a record's file). Raises ConfigError when it is missing or broken."""
         path = Path(folder)
         path = path / RECORD_FILE if path.is_dir() else path
         try:

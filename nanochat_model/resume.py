@@ -69,7 +69,8 @@ def schedules_agree(old: TrainConfig, new: TrainConfig, num_steps: int) -> bool:
 
 
 def check_same_run(old: TrainConfig, new: TrainConfig, step: int, horizon_change: HorizonChange, where: str) -> bool:
-    """Refuse to go on with another run's state. Returns whether the horizon changed (and that was allowed)."""
+    """Whether the horizon changed, and `horizon_change` allows it. Raises ConfigError where `new` is another run than `old`, of
+    which `step` steps are done; `where` names what was found of it."""
     changed = differences(old, new)
     if not changed:
         return False
@@ -115,7 +116,8 @@ def own_start(config: TrainConfig, run_dir: Path, horizon_change: HorizonChange)
 
 
 def trunk_start(config: TrainConfig, path: Path) -> Start:
-    """A trunk's checkpoint for `config`, whose schedule must agree with the trunk's up to it."""
+    """A trunk's checkpoint for `config`, whose schedule must agree with the trunk's up to it. Raises ConfigError where it does
+    not, or where anything but the horizon differs."""
     state = read_state(path)
     if state.config is None:
         raise CheckpointError(f"{path}: holds no training config (kind {state.kind}), so nothing can decay from it")

@@ -117,7 +117,7 @@ def build_stepper(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks) -> 
 
 
 def open_shards(data: DataConfig, model: GPTConfig) -> ShardSet:
-    """The shards at `data.path`, checked to be the ones the config names and to fit the model's vocabulary."""
+    """The shards at `data.path`, checked to be the ones the config names and to fit the model's vocabulary. Raises ConfigError."""
     if not data.path:
         raise ConfigError("data.path is empty; give the folder of token shards (`nanoladder data` makes one)")
     shards = ShardSet.open(Path(data.path))
@@ -138,7 +138,7 @@ def open_shards(data: DataConfig, model: GPTConfig) -> ShardSet:
 
 def choose_micro_batch_rows(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks, device: torch.device) -> int:
     """Rows of a forward pass on this rank: as asked, or what suits the device and, by arithmetic, fits into it; in parts as
-    equal as can be. Whether it does fit, the first step shows (see out_of_memory)."""
+    equal as can be. Whether it does fit, the first step shows (see out_of_memory). Raises ConfigError on a negative number."""
     if runtime.micro_batch_rows < 0:
         raise ConfigError(f"runtime.micro_batch_rows {runtime.micro_batch_rows} must be 0 (chosen by the device) or more")
     at_most = runtime.micro_batch_rows or devices.default_micro_batch_rows(config.model, device)

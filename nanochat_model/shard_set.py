@@ -147,7 +147,7 @@ def manifest_hash(manifest: dict) -> str:
 
 
 def read_manifest(path: Path) -> dict | None:
-    """The checked manifest of a folder, or None when the folder has none."""
+    """The checked manifest of a folder, or None when the folder has none. Raises ConfigError on a broken or changed one."""
     file = path / MANIFEST_FILE
     try:
         manifest = json.loads(file.read_text(encoding="utf8"))

@@ -63,7 +63,8 @@ def source_files(source: str, *, tasks_dir: str | Path = "", split: str = "") ->
             return files
     looked = ", ".join(map(str, folders)) or f"{tasks_dir}/{dataset.repository}"
     raise ConfigError(
-        f"no {split!r} files of {dataset.name} ({dataset.repository}) in {looked}; download that dataset there, for example "
+        f"no {split!r} files of {dataset.name} ({dataset.repository}) in {looked}; fetch them with `nanoladder data download "
+        f"--dataset chat --tasks-dir {tasks_dir}`, or put them there, for example as "
         f"{'/'.join(p for p in (dataset.repository, dataset.subset, f'{split}-00000-of-00001.parquet') if p)}"
     )
 
@@ -91,7 +92,8 @@ def task_problems(
     max_problems: int = 0,
     template: Template = DEFAULT_TEMPLATE,
 ) -> list[Problem]:
-    """Problems to be judged, shuffled as nanochat shuffles them, the first `max_problems` of them (0: all)."""
+    """Problems to be judged, shuffled as nanochat shuffles them, the first `max_problems` of them (0: all). Raises ConfigError on
+    a missing data set and on rows of another form."""
     files = source_files(source, tasks_dir=tasks_dir, split=split)
     order = np.random.default_rng(SHUFFLE_SEED).permutation(count_rows(files))
     chosen = order[: max_problems or None]
