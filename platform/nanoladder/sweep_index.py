@@ -70,6 +70,7 @@ class IndexWriter(Listener):
             rows = [self._rows[name][key] for key in sorted(self._rows[name])]
             head = {"schema_version": SCHEMA_VERSION, "sweep": name, "question": sweep.question, "source": sweep.source}
             head |= {"stage": sweep.stage, "purpose": sweep.purpose, "metric": sweep.metric, "direction": sweep.direction}
+            head |= {"seeds": list(sweep.seeds)}
             head |= {"objectives": dict(zip(sweep.metrics, sweep.directions, strict=True))}
             head |= {"studies": {w.cell.label: w.study.describe() for w in self._works if w.sweep.name == name}, "trials": rows}
             write_atomic(self._workspace.sweep_dir(name) / INDEX_FILE, json.dumps(head, indent=1))

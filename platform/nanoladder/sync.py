@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -12,9 +13,11 @@ from nanochat_model.errors import ConfigError
 from nanochat_model.record import RunRecord
 from nanoladder.cells import Trial
 from nanoladder.promote import PROMOTIONS_FILE, read_promotions
+from nanoladder.run_lock import LOCK_FILE, exclusive
 from nanoladder.sweep_index import INDEX_FILE, read_index
 from nanoladder.workspace import Workspace
 
+LEFT = "left"  # user attribute of an Optuna trial whose command died
 OTHER_RUNS = "other-runs"  # parent in MLflow of runs that belong to no sweep
 
 
@@ -25,6 +28,7 @@ class SyncReport:
     num_runs: int
     num_sweeps: int
     num_studies: int
+    num_settled: int  # trials that a dead command left as running
     broken: tuple[str, ...]
 
 
@@ -33,7 +37,8 @@ def sync(
 ) -> SyncReport:
     """Bring MLflow and Optuna up to the records. "" leaves one out; default are the workspace's own databases.
 
-    Runs that are there already are left as they are. Raises ConfigError where the tracking server does not answer.
+    Runs that are there already are left as they are, and so are sweeps that a command is at work on. Raises ConfigError where
+    the tracking server does not answer.
     """
     say = say or (lambda text: None)
     records, broken = workspace.read_records()
@@ -44,12 +49,16 @@ def sync(
             indexes.append(read_index(path))
         except ConfigError as e:
             broken.append(str(e))
-    studies = 0
+    studies = settled = 0
     if optuna_uri != "":
-        studies = sum(_sync_optuna(index, by_id, optuna_uri or workspace.optuna_uri) for index in indexes)
+        uri = optuna_uri or workspace.optuna_uri
+        studies = sum(_sync_optuna(index, by_id, uri) for index in indexes)
+        settled = _settle_optuna(workspace, indexes, by_id, uri, say)
     if mlflow_uri != "":
         _sync_mlflow(workspace, indexes, by_id, mlflow_uri or workspace.mlflow_uri, say)
-    return SyncReport(num_runs=len(records), num_sweeps=len(indexes), num_studies=studies, broken=tuple(broken))
+    return SyncReport(
+        num_runs=len(records), num_sweeps=len(indexes), num_studies=studies, num_settled=settled, broken=tuple(broken)
+    )
 
 
 def _sync_mlflow(
@@ -106,8 +115,7 @@ def _verdicts(root: Path) -> dict[str, str]:
 
 
 def _sync_optuna(index: dict[str, Any], records: dict[str, RunRecord], uri: str) -> int:
-    """Make the studies of a sweep that are missing; returns how many were made. A study that is there is left alone: the
-    sweep's own command completes it."""
+    """Make the studies of a sweep that are missing; returns how many were made."""
     import optuna
     from optuna.distributions import json_to_distribution
 
@@ -130,6 +138,65 @@ def _sync_optuna(index: dict[str, Any], records: dict[str, RunRecord], uri: str)
         return made
     finally:
         storage.engine.dispose()
+
+
+def _settle_optuna(
+    workspace: Workspace, indexes: list[dict[str, Any]], records: dict[str, RunRecord], uri: str, say: Callable[[str], None]
+) -> int:
+    """End what Optuna takes for running although its sweep's command is dead (nobody holds the sweep's lock); how many trials.
+
+    A trial whose runs are all recorded gets their outcome. Any other waits, as after a command that ended by itself: finished
+    trials cannot be opened again, and the sweep's command goes on with it. So do all of a sampler that learns: it is told of
+    results in their turn, or it would suggest other runs.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    from nanoladder.study import open_storage
+
+    storage = open_storage(uri)
+    by_study = {facts["study"]: (index, cell) for index in indexes for cell, facts in index["studies"].items()}
+    settled = 0
+    try:
+        for name in optuna.study.get_all_study_names(storage):
+            study = optuna.load_study(study_name=name, storage=storage)
+            folder = workspace.sweep_dir(study.user_attrs.get("sweep", ""))
+            if not (folder / LOCK_FILE).exists() or not study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                continue
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(exclusive(folder, f"sweep {folder.name}"))
+                except ConfigError as e:
+                    say(f"Optuna: {e}; its study is left as it is")
+                    continue
+                index, cell = by_study.get(name, (None, ""))
+                settled += _settle(storage, study.get_trials(deepcopy=False), index, cell, records)
+    finally:
+        storage.engine.dispose()
+    return settled
+
+
+def _settle(storage: Any, trials: Sequence[Any], index: dict[str, Any] | None, cell: str, records: dict[str, RunRecord]) -> int:
+    from optuna.distributions import json_to_distribution
+    from optuna.trial import TrialState
+
+    from nanoladder.study import RETRY_OF
+
+    running = [(n, t) for n, t in enumerate(t for t in trials if RETRY_OF not in t.user_attrs) if t.state == TrialState.RUNNING]
+    for number, trial in running:
+        rows = [r for r in index["trials"] if (r["cell"], r["candidate"]) == (cell, number)] if index else []
+        if index and rows and {r["seed"] for r in rows} == set(index.get("seeds", ())) and not index["studies"][cell]["learns"]:
+            distributions = {k: json_to_distribution(d) for k, d in index["studies"][cell]["distributions"].items()}
+            objectives = list(index.get("objectives") or {index["metric"]: index["direction"]})
+            told = _frozen(rows, objectives, distributions, records)
+            for step, value in told.intermediate_values.items():
+                storage.set_trial_intermediate_value(trial._trial_id, step, value)
+            storage.set_trial_user_attr(trial._trial_id, "runs", told.user_attrs["runs"])
+            storage.set_trial_state_values(trial._trial_id, told.state, told.values)
+        else:
+            storage.set_trial_user_attr(trial._trial_id, LEFT, "the sweep's command died while this ran; the same command goes on")
+            storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+    return len(running)
 
 
 def _frozen(rows: list[dict[str, Any]], metrics: list[str], distributions: dict[str, Any], records: dict[str, RunRecord]) -> Any:

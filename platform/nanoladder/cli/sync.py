@@ -32,6 +32,8 @@ class Sync:
             print_json(asdict(report))
         else:
             print(f"{report.num_runs} runs of {report.num_sweeps} sweeps, {report.num_studies} studies")
+            if report.num_settled:
+                print(f"{report.num_settled} trials that a dead command left running are settled in Optuna")
         for line in report.broken:
             print(f"nanoladder: {line}", file=sys.stderr)
         return 1 if report.broken else 0
