@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import nanoladder
 from nanochat_model.config import DataConfig, GPTConfig
 from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.errors import ConfigError
@@ -227,3 +229,18 @@ def test_a_file_without_a_sweep_is_refused(tmp_path: Path) -> None:
     for name, words in (("empty.py", "defines 0 sweeps"), ("broken.py", "cannot be imported"), ("none.py", "no sweep file")):
         with pytest.raises(ConfigError, match=words):
             load_sweep(tmp_path / name)
+
+
+def test_the_sweeps_in_the_documentation_can_be_run() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf8")
+    found = []
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        names = {name: getattr(nanoladder, name) for name in nanoladder.__all__} | {"depth_cells": depth_cells, "__name__": "read"}
+        exec(block, names)
+        found.append(names["SWEEP"])
+    for made in found:
+        sweeps = [made.stage_sweep(s, made.variants) for s in made.stages] if isinstance(made, Ladder) else [made]
+        for each in sweeps:
+            check_sweep(each)
+            assert not plan_sweep(each, device=each.device or "cpu").notes
+    assert [type(made) for made in found] == [Sweep, Sweep, Ladder]
