@@ -74,12 +74,8 @@ def exponent(law: Block | None) -> dict[str, Any] | None:
 
 def power(symbol: str, law: Block) -> str:
     """C^0.46 (0.42 to 0.51)."""
-    interval = f" ({fmt.interval(law['low'], law['high'], _two)})" if fmt.is_number(law.get("low")) else ""
-    return f"{symbol}^{_two(law['value'])}{interval}"
-
-
-def _two(value: float) -> str:
-    return fmt.minus(f"{value:.2f}")
+    interval = f" ({fmt.interval(law['low'], law['high'], fmt.exponent)})" if fmt.is_number(law.get("low")) else ""
+    return f"{symbol}^{fmt.exponent(law['value'])}{interval}"
 
 
 def _conventions(raw: Block, convention: str, labels: Mapping[str, str], minima: Sequence[Block]) -> dict[str, Any]:

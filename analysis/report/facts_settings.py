@@ -81,7 +81,7 @@ def _tests_text(law: Law) -> list[str]:
         )
     argmin = law.tests.get("argmin")
     if argmin:
-        words.append(f"through the cells' best single runs the exponent would be {_two(argmin['exponent'])}")
+        words.append(f"through the cells' best single runs the exponent would be {fmt.exponent(argmin['exponent'])}")
     return words
 
 
@@ -117,8 +117,8 @@ def _candidate(law: Law, decay: WeightDecayLaw, at: Mapping[str, float]) -> dict
     text = exponent_text(law)
     if rho is not None:
         interval = law.intervals.get("rho")
-        note = fmt.interval(interval[0], interval[1], _two) if interval else "published, not fitted"
-        text = f"tau ∝ (D/N)^{_two(rho)} ({note})"
+        note = fmt.interval(interval[0], interval[1], fmt.exponent) if interval else "published, not fitted"
+        text = f"tau ∝ (D/N)^{fmt.exponent(rho)} ({note})"
     told = (
         f"{fmt.significant(found['value'])} ({fmt.interval(found['low'], found['high'], fmt.significant)})"
         if found
@@ -229,15 +229,11 @@ def exponent_text(law: Law) -> str:
     for symbol, value in law.exponents.items():
         interval = law.intervals.get(symbol)
         if interval is not None:
-            note = f" ({fmt.interval(interval[0], interval[1], _two)})"
+            note = f" ({fmt.interval(interval[0], interval[1], fmt.exponent)})"
         else:
             note = "" if symbol in law.free else " (published, not fitted)"
-        words.append(f"{symbol}^{_two(value)}{note}")
+        words.append(f"{symbol}^{fmt.exponent(value)}{note}")
     return fmt.join(words)
-
-
-def _two(value: float) -> str:
-    return fmt.minus(f"{value:.2f}")
 
 
 def _cells_text(cells: Sequence[Mapping[str, Any]]) -> str:

@@ -96,6 +96,11 @@ def minus(text: str) -> str:
     return text.replace("-", "−")
 
 
+def exponent(value: float) -> str:
+    """'−0.53'."""
+    return minus(f"{value:.2f}")
+
+
 def interval(low: float | None, high: float | None, formatter: Formatter) -> str:
     """'11.2 to 14.9'; 'no interval' where an end is unknown."""
     if not is_number(low) or not is_number(high):
