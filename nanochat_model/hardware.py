@@ -19,13 +19,12 @@ GIGA = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSpec:
-    """One accelerator: dense FLOP/s by precision, bytes of memory, bytes/s of memory bandwidth."""
+    """One accelerator: dense FLOP/s by precision, bytes of memory."""
 
     name: str
     bf16_flops: float
     fp8_flops: float | None
     memory_bytes: float
-    bandwidth: float
 
     def peak_flops(self, precision: str = "bf16") -> float:
         """Dense FLOP/s; raises ConfigError where this card has no units for `precision` (bf16 or fp8)."""
@@ -36,24 +35,23 @@ class DeviceSpec:
         return self.bf16_flops
 
 
-def _spec(name: str, bf16: float, fp8: float | None, memory_gb: float, bandwidth_tb: float) -> DeviceSpec:
+def _spec(name: str, bf16: float, fp8: float | None, memory_gb: float) -> DeviceSpec:
     return DeviceSpec(
         name=name,
         bf16_flops=bf16 * TERA,
         fp8_flops=fp8 * TERA if fp8 else None,
         memory_bytes=memory_gb * GIGA,
-        bandwidth=bandwidth_tb * TERA,
     )
 
 
 DEVICES: tuple[DeviceSpec, ...] = (
-    _spec("H100", 989, 1979, 80, 3.35),
-    _spec("H200", 989, 1979, 141, 4.8),
-    _spec("MI300X", 1307.4, 2614.9, 192, 5.3),
-    _spec("MI325X", 1307.4, 2614.9, 256, 6.0),
-    _spec("A100-40GB", 312, None, 40, 1.6),
-    _spec("A100-80GB", 312, None, 80, 2.0),
-    _spec("B200", 2250, 4500, 180, 8.0),
+    _spec("H100", 989, 1979, 80),
+    _spec("H200", 989, 1979, 141),
+    _spec("MI300X", 1307.4, 2614.9, 192),
+    _spec("MI325X", 1307.4, 2614.9, 256),
+    _spec("A100-40GB", 312, None, 40),
+    _spec("A100-80GB", 312, None, 80),
+    _spec("B200", 2250, 4500, 180),
 )
 _OTHER_CARDS = re.compile(r"pcie|nvl|gh200|gb200|mi300a", re.IGNORECASE)  # same letters, other peaks: not in the table
 
