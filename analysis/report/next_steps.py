@@ -7,6 +7,7 @@ from typing import Any
 
 from analysis.report import format as fmt
 from analysis.report.verdict import SETTING_WORDS
+from analysis.table import NO_CONVENTION
 
 Facts = Mapping[str, Any]
 ENOUGH_BUDGETS = 4  # fewer: no budget can be held out, so a prediction has no interval (docs/laws.md)
@@ -88,4 +89,10 @@ def _launch(facts: Facts) -> str:
         return "Do not start a large run on these laws yet: `nanoladder plan` without --laws goes by the recipe's own rules."
     compute = facts["prediction"].get("C")
     flops = f" --flops {compute:.3g}" if fmt.is_number(compute) else ""
-    return f"Then plan the run: `nanoladder plan --laws laws.json{flops}` with your --device, --num-devices and --price."
+    plan = f"`nanoladder plan --laws laws.json{flops}` with your --device, --num-devices and --price"
+    if facts["convention"] == NO_CONVENTION:
+        return (
+            "To plan a run by these laws, fit again and say what N counts: --params-all, --params-matrices-lm-head or "
+            f"--params-matrices with your column in place of --params; then {plan}."
+        )
+    return f"Then plan the run: {plan}."

@@ -139,8 +139,9 @@ def convention_of(allocation: Mapping[str, Any]) -> Convention:
     name = allocation.get("convention", CONVENTIONS[0])
     if name not in CONVENTIONS:
         raise ConfigError(
-            f"these laws count parameters {name!r}, which says nothing about a model here; fit a table with one of "
-            f"{', '.join(CONVENTIONS)}, or plan --without-law allocation"
+            f"these laws count parameters {name!r}, which says nothing about a model here; fit again and name the column by what "
+            "it counts (--params-all, --params-matrices-lm-head or --params-matrices in place of --params), or plan "
+            "--without-law allocation"
         )
     return name
 

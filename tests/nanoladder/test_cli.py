@@ -79,6 +79,14 @@ def test_the_readme_has_a_row_for_every_command() -> None:
     assert unknown == [], "these rows name no command"
 
 
+def test_tests_that_the_documents_name_exist() -> None:
+    root = Path(__file__).parents[2]
+    names = {n for d in (root / "docs").glob("*.md") for n in re.findall(r"`(test_\w+)…?(?:\.py)?`", d.read_text(encoding="utf8"))}
+    files = list((root / "tests").rglob("test_*.py"))
+    known = [p.stem for p in files] + re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in files), re.MULTILINE)
+    assert len(names) > 20 and [n for n in names if not any(k.startswith(n) for k in known)] == []
+
+
 def test_count_json(capsys) -> None:
     assert run(["count", "--depth", "24", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -179,10 +187,20 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == "\nnanoladder count: interrupted; run it again to go on\n"
 
 
+def test_a_package_of_an_extra_that_is_not_installed_is_named(monkeypatch, capsys) -> None:
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name="torch.nn")
+
+    monkeypatch.setattr("nanoladder.cli.import_module", absent)
+    assert run(["chat", "--checkpoint", "x"]) == 2
+    assert "nanoladder chat needs torch.nn, which is not installed; pip install 'nanoladder[model]'" in capsys.readouterr().err
+
+
 def test_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -c 'from nanoladder.cli import main; main()' plan --depth 12 --json | head -n 1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "{" and done.stderr == "", done.stderr
+    for args, reader, first in (("plan --depth 12 --json", "head -n 1", "{"), ("--help", "true", "")):
+        command = f"{sys.executable} -c 'from nanoladder.cli import main; main()' {args} | {reader}"
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+        assert (done.stdout.strip(), done.stderr, done.returncode) == (first, "", 0)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,12 @@ COMMANDS: dict[str, Command] = {
     "export-nanochat": Command("convert", "ExportNanochat", "write a checkpoint in nanochat's layout"),
 }
 
+# Packages that `pip install nanoladder` alone leaves out, and the extra that brings each (pyproject.toml).
+EXTRAS = {
+    **dict.fromkeys(("torch", "tokenizers", "safetensors", "yaml", "huggingface_hub"), "model"),
+    **dict.fromkeys(("ray", "optuna", "cmaes", "mlflow", "psutil", "fastapi", "uvicorn"), "platform"),
+}
+
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
@@ -68,7 +74,13 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `nanoladder` script; always leaves through SystemExit."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    try:
+        status = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output (head, less) has gone: that is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
 
 
 def run(argv: list[str]) -> int:
@@ -93,9 +105,10 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nnanoladder {name}: interrupted; run it again to go on", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output (head, less) has gone: that is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except ModuleNotFoundError as e:
+        if (extra := EXTRAS.get((e.name or "").partition(".")[0])) is None:
+            raise
+        return fail(f"nanoladder {name} needs {e.name}, which is not installed; pip install 'nanoladder[{extra}]' (see README.md)")
     except ValueError as e:
         if is_user_error(e):
             return fail(str(e))

@@ -64,7 +64,8 @@ class Production:
                 print(f"stops it: {line}", file=sys.stderr)
             return 0
         if missing:
-            raise ConfigError("; ".join(missing))
+            more = f" (and {len(missing) - 1} more, which --dry-run lists)" if len(missing) > 1 else ""
+            raise ConfigError(f"{missing[0]}{more}")
         if plan.blocking:
             raise ConfigError("; ".join(plan.blocking))
         if not self.yes and not confirm():
