@@ -1,7 +1,8 @@
 """Part of bench/train.py: the same training step by several Gloo processes on this machine's CPUs.
 
-Tokens a second by number of ranks, and the parts of a step as a training run's record has them (nanochat_model.step_times): all of
-them with `wait`, the time until the slowest rank has its gradients. Ranks take turns round after round, as variants do there.
+Tokens a second by number of ranks, and then the parts of a step, means over ranks: data, forward, backward, wait (until the
+slowest rank has its gradients), communication, optimizer. In the steps that are split communication does not overlap with
+updates. Numbers of ranks take turns round after round, as variants do there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import statistics
 import time
 from typing import Any
 
+PARTS = ("data", "forward", "backward", "wait", "communication", "optimizer")
+
 
 def rank_worker(job: Any, rank: int, world_size: int, port: int, pipe: Any) -> None:
     """One rank: builds, then runs as many steps as it is asked for until asked for none. Rank 0 answers."""
@@ -20,7 +23,6 @@ def rank_worker(job: Any, rank: int, world_size: int, port: int, pipe: Any) -> N
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     from nanochat_model.distributed import process_group
     from nanochat_model.loop import frozen_garbage
-    from nanochat_model.step_times import StepTimes, timed_step
 
     with process_group("cpu") as ranks, frozen_garbage() as garbage:
         stepper, batch_of, multipliers = make_stepper(job, ranks, threads)
@@ -32,18 +34,52 @@ def rank_worker(job: Any, rank: int, world_size: int, port: int, pipe: Any) -> N
             for k in range(steps):
                 stepper.step(batch_of(k), multipliers)
             seconds = (time.perf_counter() - start) / steps
-            times = StepTimes(ranks)
-            for k in range(steps):
-                times.add(timed_step(stepper, batch_of, k, multipliers)[0])
-            times.gather()
+            parts = mean_over_ranks([split_step(stepper, batch_of, k, multipliers) for k in range(steps)], ranks.world_size)
             if ranks.is_main:
-                pipe.send((seconds, times.mean))
+                pipe.send((seconds, parts))
+
+
+def split_step(stepper: Any, batch_of: Any, k: int, multipliers: Any) -> dict[str, float]:
+    """One step, and this rank's seconds in each of its PARTS."""
+    import torch.distributed as dist
+
+    seconds, last = dict.fromkeys(PARTS, 0.0), time.perf_counter()
+
+    def mark(part: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds[part] += now - last
+        last = now
+
+    batch = batch_of(k)
+    mark("data")
+    loss_part = stepper.forward_backward(batch, mark)
+    mark("backward")
+    several = stepper.ranks.world_size > 1
+    if several:
+        dist.barrier()
+        mark("wait")
+    outcome = stepper.agree(loss_part)
+    mark("communication" if several else "optimizer")
+    stepper.apply(outcome, multipliers, mark if several else None)
+    mark("optimizer")
+    return seconds
+
+
+def mean_over_ranks(steps: list[dict[str, float]], world_size: int) -> dict[str, float]:
+    """Mean seconds of each part over steps and ranks, the same on every rank."""
+    import torch
+
+    from nanochat_model.distributed import all_sum
+
+    own = torch.tensor([[step[part] for part in PARTS] for step in steps], dtype=torch.float64).mean(0)
+    return dict(zip(PARTS, (all_sum(own) / world_size).tolist(), strict=True))
 
 
 def make_stepper(job: Any, ranks: Any, threads: int) -> tuple[Any, Any, Any]:
-    """Our stepper on random tokens, this rank's part of global batch k, and constant multipliers."""
-    import numpy as np
+    """Our stepper, this rank's part of global batch k as a function of k, and constant multipliers."""
     import torch
+    from train import batch_rows, random_tokens
 
     from nanochat_model.config import GPTConfig, OptimizerConfig
     from nanochat_model.device import tune_process
@@ -67,10 +103,13 @@ def make_stepper(job: Any, ranks: Any, threads: int) -> tuple[Any, Any, Any]:
         micro_batch_rows=job.micro_rows,
         loss_scale=LossScale.for_dtype(job.dtype),
     )
-    rows = np.random.default_rng(0).integers(0, job.vocab_size, (job.rows, job.sequence_len + 1))
-    own = rows[slice(*rank_rows(job.rows, ranks.rank, ranks.world_size))]
-    batch = Batch(inputs=own[:, :-1].copy(), targets=own[:, 1:].copy(), num_targets=job.rows * job.sequence_len)
-    return stepper, lambda k: batch, Multipliers(lr=1.0, momentum=0.95, weight_decay=0.5)
+    tokens, share = random_tokens(job), slice(*rank_rows(job.rows, ranks.rank, ranks.world_size))
+
+    def batch_of(k: int) -> Batch:
+        own = batch_rows(job, tokens, k)[share]
+        return Batch(inputs=own[:, :-1], targets=own[:, 1:], num_targets=job.rows * job.sequence_len)
+
+    return stepper, batch_of, Multipliers(lr=1.0, momentum=0.95, weight_decay=0.5)
 
 
 def measure_ranks(job: Any, world_sizes: list[int], rounds: int, steps: int) -> list[dict[str, Any]]:

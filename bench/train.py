@@ -5,7 +5,8 @@
 
 Every variant is a process of its own. The processes take turns for a few steps each, round after round, so that all of them
 see the same machine; medians over all steps are reported, ratios are of medians. Batches are cut from one array of random
-tokens in memory. Prints a table and writes JSON.
+tokens in memory. Prints a table and writes JSON. With --ranks the same parts of a step are measured on several Gloo processes,
+where communication is one of them.
 
 Presets: `small` (d2, width 64, V 1024, batch 2048, one thread) and `d4` (width 256, V 4096, micro-batch 16, batch 16,384) have
 T 256 and are the CPU references; `demo` is about the demo's production run (d1, width 128, batch 2048);
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import multiprocessing as mp
 import os
@@ -61,17 +63,28 @@ PRESETS = {
 }
 
 
-def batches(job: Job) -> Any:
-    """Endless (inputs, targets) micro-batches of int64 arrays (micro_rows, T), a whole batch at a time."""
+def random_tokens(job: Job) -> Any:
+    """What all batches are cut from: ids (2^20,) as token shards hold them."""
     import numpy as np
 
-    tokens = np.random.default_rng(0).integers(0, job.vocab_size, 1 << 20, dtype=np.uint16)
-    span, k = job.sequence_len + 1, 0
-    while True:
-        starts = (np.arange(job.rows) + k) * 7919 % (len(tokens) - span)
-        rows = np.stack([tokens[s : s + span] for s in starts]).astype(np.int64)
+    return np.random.default_rng(0).integers(0, job.vocab_size, 1 << 20, dtype=np.uint16)
+
+
+def batch_rows(job: Job, tokens: Any, k: int) -> Any:
+    """Rows (rows, T + 1) of batch k, int64."""
+    import numpy as np
+
+    span = job.sequence_len + 1
+    starts = (np.arange(job.rows) + k * job.rows) * 7919 % (len(tokens) - span)
+    return np.stack([tokens[s : s + span] for s in starts]).astype(np.int64)
+
+
+def batches(job: Job) -> Any:
+    """Endless (inputs, targets) micro-batches of int64 arrays (micro_rows, T), a whole batch at a time."""
+    tokens = random_tokens(job)
+    for k in itertools.count():
+        rows = batch_rows(job, tokens, k)
         yield [(rows[i : i + job.micro_rows, :-1], rows[i : i + job.micro_rows, 1:]) for i in range(0, job.rows, job.micro_rows)]
-        k += job.rows
 
 
 class Timer:

@@ -106,11 +106,12 @@ class Stepper:
         for start in range(0, len(inputs), self.micro_batch_rows):
             yield inputs[start : start + self.micro_batch_rows], targets[start : start + self.micro_batch_rows]
 
-    def forward_backward(self, batch: Batch) -> torch.Tensor:
+    def forward_backward(self, batch: Batch, mark: Callable[[str], None] | None = None) -> torch.Tensor:
         """Add this batch's gradients; returns this rank's part of the mean loss, a 0-d tensor.
 
         Each micro-batch counts by its number of targets: the sum of its losses is divided by the targets of the whole global
-        batch. The optimizer averages over ranks, hence the factor world_size.
+        batch. The optimizer averages over ranks, hence the factor world_size. `mark`, for timing, is told "forward" and "backward"
+        as each of them ends.
         """
         part = torch.zeros((), device=self.device)
         factor = self.ranks.world_size * self.loss_scale.value / max(1, batch.num_targets)
@@ -118,8 +119,12 @@ class Stepper:
         with weights_stay() if several else nullcontext():
             for inputs, targets in self.micro_batches(batch):
                 loss = self.model.loss(inputs, targets, reduction="sum")
+                if mark is not None:
+                    mark("forward")
                 (loss * factor).backward()
                 part += loss.detach()
+                if mark is not None:
+                    mark("backward")
         return part / max(1, batch.num_targets)
 
     def step(self, batch: Batch, multipliers: Multipliers) -> StepOutcome:
