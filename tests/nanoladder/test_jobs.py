@@ -24,6 +24,7 @@ from nanoladder.job_hook import with_options
 from nanoladder.submit import choose_address, find_runtime_env, load_runtime_env
 from nanoladder.workspace import Workspace
 
+pytestmark = pytest.mark.seconds(100)
 ROOT = Path(__file__).parents[2]
 TINY = textwrap.dedent(
     '''\
@@ -71,7 +72,7 @@ class Place:
         """A client's command in the checkout."""
         ours = {"RAY_API_SERVER_ADDRESS": self.cluster.url, "PYTHONPATH": ""}
         return subprocess.run(
-            command, cwd=self.repo, env=self.cluster.env | ours | env, capture_output=True, text=True, timeout=200
+            command, cwd=self.repo, env=self.cluster.env | ours | env, capture_output=True, text=True, timeout=400
         )
 
     def nanoladder(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -96,14 +97,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 def test_a_sweep_is_submitted_in_three_ways_and_leaves_records(place: Place) -> None:
     with Scrape(place.cluster) as scrape:
-        done = place.nanoladder("submit", "sweeps/tiny.py", "--max-concurrent", "2")
+        done = place.nanoladder("submit", "sweeps/tiny.py", "--max-concurrent", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("job tiny-") and finished(done) == 2 and "2 runs, 0 failed" in done.stdout
     assert "Traceback" not in done.stdout and not done.stderr
     records = place.records()
     assert [r.status for r in records] == ["complete"] * 2 and {r.sweep for r in records} == {"tiny"}
 
-    done = place.ray("job", "submit", "--runtime-env", "runtime_env.yaml", "--", "python", "sweeps/tiny.py", "--set", "seeds=1")
+    options = ("--set", "seeds=1", "--max-concurrent", "1")
+    done = place.ray("job", "submit", "--runtime-env", "runtime_env.yaml", "--", "python", "sweeps/tiny.py", *options)
     assert done.returncode == 0 and finished(done) == 2, done.stdout + done.stderr
     assert sorted(r.seed for r in place.records()) == [0, 0, 1, 1]
 
@@ -113,10 +115,11 @@ def test_a_sweep_is_submitted_in_three_ways_and_leaves_records(place: Place) -> 
 
     jobs = json.loads(place.call(sys.executable, "-c", LIST_JOBS).stdout)
     assert [j["status"] for j in jobs] == ["SUCCEEDED"] * 3
+    assert all("2 runs, 0 failed" in j["log"] and j["log_at"].startswith("http") for j in jobs), "the dashboard's link to a log"
     mine, plain, typed = jobs
-    assert mine["entrypoint"] == "python sweeps/tiny.py --max-concurrent 2" and mine["id"].startswith("tiny-")
+    assert mine["entrypoint"] == "python sweeps/tiny.py --max-concurrent 1" and mine["id"].startswith("tiny-")
     assert (mine["metadata"]["job_name"], mine["metadata"]["question"][:5]) == ("tiny", "Which")
-    assert plain["entrypoint"] == "python sweeps/tiny.py --set seeds=1" and plain["id"].startswith("raysubmit_")
+    assert plain["entrypoint"] == "python sweeps/tiny.py --set seeds=1 --max-concurrent 1" and plain["id"].startswith("raysubmit_")
     assert typed["entrypoint"] == "sweeps/tiny.py" and typed["metadata"]["sweep_file"] == "sweeps/tiny.py"
 
     assert {"tokens_per_second", "train_loss", "val_bpb", "progress", "memory_bytes"} <= scrape.names, "mfu: no peak is known here"
@@ -161,11 +164,19 @@ def finished(done: subprocess.CompletedProcess[str]) -> int:
     return sum(line.startswith("bpb ") for line in done.stdout.splitlines())
 
 
+RUN_EACH = """
+import json, sys
+from nanoladder.cli import run
+for args in json.loads(sys.argv[1]):
+    print(run(args))
+"""
 LIST_JOBS = """
 import json
 from ray.job_submission import JobSubmissionClient
-jobs = [j for j in JobSubmissionClient().list_jobs() if j.submission_id]
-print(json.dumps([{"id": j.submission_id, "metadata": j.metadata or {}, "entrypoint": j.entrypoint, "status": j.status.value}
+client = JobSubmissionClient()
+jobs = [j for j in client.list_jobs() if j.submission_id]
+print(json.dumps([{"id": j.submission_id, "metadata": j.metadata or {}, "entrypoint": j.entrypoint, "status": j.status.value,
+                   "log": client.get_job_logs(j.submission_id), "log_at": j.driver_agent_http_address}
                   for j in sorted(jobs, key=lambda j: j.start_time)]))
 """
 
@@ -173,13 +184,16 @@ print(json.dumps([{"id": j.submission_id, "metadata": j.metadata or {}, "entrypo
 def test_a_job_that_would_not_start_is_refused_in_one_line(place: Place, tmp_path: Path) -> None:
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)
-    for args, message in (
-        (("--token-file", str(wrong)), "asks for a token and it refuses the token"),
-        (("--address", "http://127.0.0.1:1"), "no Ray dashboard answers at http://127.0.0.1:1"),
-        (("--set", "num_trails=3"), "did you mean 'num_trials'?"),
-    ):
-        done = place.nanoladder("submit", "sweeps/tiny.py", *args)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr + done.stdout
+    refused = {
+        "asks for a token and it refuses the token": ("--token-file", str(wrong)),
+        "no Ray dashboard answers at http://127.0.0.1:1": ("--address", "http://127.0.0.1:1"),
+        "did you mean 'num_trials'?": ("--set", "num_trails=3"),
+    }
+    commands = [["submit", "sweeps/tiny.py", *args] for args in refused.values()]
+    done = place.call(sys.executable, "-c", RUN_EACH, json.dumps(commands))
+    lines = done.stderr.splitlines()
+    assert done.stdout.split() == ["2"] * 3 and len(lines) == 3, done.stderr + done.stdout
+    assert all(message in line for message, line in zip(refused, lines, strict=True)), lines
     assert wrong.stat().st_mode & 0o077 == 0, "a token is for nobody else"
     done = place.ray("job", "submit", "sweeps/tiny.py")  # without the hook Ray ships nothing and starts where it was started
     assert done.returncode == 1 and "sweeps/tiny.py: not found" in done.stdout + done.stderr, done.stdout + done.stderr

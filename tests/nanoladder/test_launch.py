@@ -27,6 +27,7 @@ from nanoladder.plan import LaunchPlan, LossPrediction, plan_config
 from nanoladder.target import Target
 from nanoladder.workspace import Workspace
 
+pytestmark = pytest.mark.seconds(60)
 SUPPORT = str(Path(__file__).parents[1] / "support")
 
 

@@ -17,7 +17,7 @@ import pytest
 from served import wait_until, write_checkpoint
 
 pytest.importorskip("watchfiles", reason="Ray Serve is not installed (pip install 'ray[serve]')")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.seconds(30)]
 LONG = 8000  # tokens: some seconds
 BODY = {"messages": [{"role": "user", "content": "hello there"}], "temperature": 0, "max_tokens": 12}
 
