@@ -34,6 +34,7 @@ from nanoladder.production_config import (
 from nanoladder.stages import Facts
 from nanoladder.workspace import Workspace
 
+pytestmark = pytest.mark.seconds(30)
 ROOT = Path(__file__).parents[2]
 NAMES = ["download", "corpus", "tokenizer", "shards", "pretraining", "evaluation", "sft", "chat", "report"]
 TINY = ProductionConfig(
