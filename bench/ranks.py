@@ -124,6 +124,7 @@ def measure_ranks(job: Any, world_sizes: list[int], rounds: int, steps: int) -> 
             pipe, other = context.Pipe()
             process = context.Process(target=rank_worker, args=(job, rank, n, port, other), daemon=True)
             process.start()
+            other.close()  # or a rank that died would be waited for
             members.append((pipe, process))
         groups[n] = members
     found: dict[int, list[Any]] = {n: [] for n in world_sizes}
