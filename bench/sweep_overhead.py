@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])
 
-from toy_training import HORIZON, MODEL, STEP_SECONDS_ENV, TRAIN
+from toy_training import HORIZON, MODEL, STEP_SECONDS_ENV, TRAIN, notes
 
 from nanochat_model.config import DataConfig
 from nanoladder.execute import execute_sweep
@@ -55,6 +55,14 @@ def summary(marks: list[tuple[float, int, float]], args: argparse.Namespace) -> 
         "driver_mb": marks[-1][2],
         "driver_kb_per_trial": grown_mb / max(1, marks[-1][1] - marks[n // 2][1]) * 1024,
     }
+
+
+def ramp(root: Path) -> dict[str, float]:
+    """How many processes trained, and the time between the first run of the first of them and that of the last."""
+    first: dict[int, float] = {}
+    for start in notes(root, "start"):
+        first.setdefault(start["pid"], start["time"])
+    return {"processes": len(first), "ramp_seconds": max(first.values()) - min(first.values())}
 
 
 def count_mirrors(workspace: Workspace) -> tuple[int, int]:
@@ -100,9 +108,10 @@ def main() -> None:
     records = len(execute_sweep(sweep, Workspace(root), data=DataConfig(manifest_hash="toy"), train_function=TRAIN))
     again = time.monotonic() - again_start
     mirrored, told = count_mirrors(Workspace(root))
+    ramps = ramp(root)
     megabytes = sum(p.stat().st_size for p in root.glob("*.db")) / 2**20
     shutil.rmtree(root)
-    facts = summary(marks, args)
+    facts = summary(marks, args) | ramps
     facts |= {"ray_start_seconds": ray_seconds, "first_trial_seconds": marks[0][0] - start, "whole_seconds": whole}
     facts |= {"after_last_trial_seconds": start + whole - marks[-1][0], "restore_seconds": again}
     facts |= {"mlflow_runs": mirrored, "optuna_trials": told, "records": records, "store_mb": megabytes}
