@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from nanochat_model.errors import ConfigError
@@ -23,6 +23,19 @@ def dotted_keys(value: Any, prefix: str = "") -> list[str]:
         else:
             keys.append(prefix + f.name)
     return keys
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, str]:
+    """{"a.b": "1"} of ("a.b=1",); ConfigError for a part without "=" and for a key given twice."""
+    result: dict[str, str] = {}
+    for item in items:
+        key, sign, value = item.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"override {item!r} is not of the form key=value; for example --set optimizer.matrix_lr=0.03")
+        if key in result:
+            raise ConfigError(f"override {key!r} is given twice ({result[key]!r} and {value!r}); keep one")
+        result[key] = value
+    return result
 
 
 def apply_overrides(config: T, overrides: Mapping[str, Any]) -> T:

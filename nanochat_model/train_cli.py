@@ -22,6 +22,7 @@ from nanochat_model.console import Console, describe, summary
 from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
 from nanochat_model.identity import run_id
+from nanochat_model.overrides import parse_overrides
 from nanochat_model.recipe import NANOCHAT, Recipe
 from nanochat_model.record import RunRecord
 
@@ -190,21 +191,10 @@ class Arguments:
 
     def train_config(self, data: DataConfig, vocab_size: int) -> TrainConfig:
         """The resolved config. Raises ConfigError on values that do not fit."""
-        overrides = self.recipe.overrides() | parse_assignments(self.set)
+        overrides = self.recipe.overrides() | parse_overrides(self.set)
         return self.recipe.recipe().resolve(
             self.model.config(vocab_size), self.horizon.horizon(), data=data, seed=self.seed, overrides=overrides
         )
-
-
-def parse_assignments(texts: Sequence[str]) -> dict[str, str]:
-    """`key=value` texts as a dict. Raises ConfigError on a text without "="."""
-    pairs: dict[str, str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {text!r} is not of the form key=value")
-        pairs[key] = value
-    return pairs
 
 
 def resolve_run(args: Arguments) -> tuple[TrainConfig, Path | None]:

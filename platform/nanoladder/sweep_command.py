@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_model.errors import ConfigError
+from nanochat_model.overrides import parse_overrides
 from nanochat_model.record import RunRecord
 from nanochat_model.sft_recipe import SFTRecipe
 from nanoladder.job_context import STORAGE_ENV, check_lasting, default_storage
@@ -98,7 +99,7 @@ def check_arguments(target: Sweep | Ladder | SFTSweep, argv: list[str]) -> str:
     if isinstance(target, SFTSweep):  # its settings are checked where its base and conversations lie
         return str(_parser(target).parse_args(target.parser().parse_known_args(argv)[1]).storage)
     args = _parser(target).parse_args(argv)
-    apply_settings(target, _parse_settings(args.set))
+    apply_settings(target, parse_overrides(args.set))
     return str(args.storage) if any(a.split("=")[0] == "--storage" for a in argv) else ""
 
 
@@ -111,7 +112,7 @@ def _run(target: Sweep | Ladder | SFTSweep, argv: list[str]) -> int:
 
 
 def _run_here(target: Sweep | Ladder, args: argparse.Namespace) -> int:
-    target = apply_settings(target, _parse_settings(args.set))
+    target = apply_settings(target, parse_overrides(args.set))
     workspace = Workspace(args.storage)
     if args.dry_run:
         return _dry_run(target, workspace, args)
@@ -153,12 +154,6 @@ def _parser(target: Sweep | Ladder | SFTSweep) -> argparse.ArgumentParser:
     parser.add_argument("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a Ray of its own)")
     parser.add_argument("--mlflow", metavar="URI", help="tracking server or database; '' for none (default: in the storage root)")
     return parser
-
-
-def _parse_settings(items: Sequence[str]) -> dict[str, str]:
-    from nanoladder.cli.common import parse_overrides
-
-    return parse_overrides(items)
 
 
 def _end_on_sigterm() -> None:

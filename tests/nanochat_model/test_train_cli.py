@@ -6,7 +6,7 @@ from tiny_run import VOCAB_SIZE, tiny_shards
 
 from nanochat_model.recipe import NANOCHAT
 from nanochat_model.record import RunRecord
-from nanochat_model.train_cli import main, parse_assignments
+from nanochat_model.train_cli import main
 
 SMALL = ["--depth", "2", "--model-dim", "32", "--head-dim", "16", "--sequence-len", "32", "--window-pattern", "L",
          "--batch-tokens", "256", "--eval-tokens", "1024", "--device", "cpu", "--num-threads", "1", "--compile", "off",
@@ -112,7 +112,3 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     out = capsys.readouterr().out
     assert e.value.code == 0 and "torchrun --nproc_per_node=8 -m nanochat_model.train" in out and "--tokens-per-param" in out
-
-
-def test_assignments() -> None:
-    assert parse_assignments(["a.b=1", "c=x=y"]) == {"a.b": "1", "c": "x=y"}

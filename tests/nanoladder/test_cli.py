@@ -14,9 +14,10 @@ import pytest
 from nanochat_model.config import TrainConfig
 from nanochat_model.counts import count_params
 from nanochat_model.identity import run_id
+from nanochat_model.overrides import parse_overrides
 from nanochat_model.record import RunRecord
 from nanoladder.cli import COMMANDS, run
-from nanoladder.cli.common import human, parse_overrides
+from nanoladder.cli.common import human
 
 
 def call(*args: str, **kwargs) -> subprocess.CompletedProcess[str]:

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanochat_model.errors import ConfigError
-
 WIDEST = 240  # of a table in a pipe
 Positional = tyro.conf.Positional
 Json = Annotated[bool, tyro.conf.arg(help="Print JSON for a machine instead of a table.")]
@@ -22,19 +20,6 @@ Overrides = Annotated[
         name="set", metavar="KEY=VALUE ...", help="Strict overrides by dotted key, for example optimizer.matrix_lr=0.03."
     ),
 ]
-
-
-def parse_overrides(items: Iterable[str]) -> dict[str, str]:
-    """{"a.b": "1"} of ("a.b=1",); ConfigError for a part without "=" and for a key given twice."""
-    result: dict[str, str] = {}
-    for item in items:
-        key, sign, value = item.partition("=")
-        if not sign or not key:
-            raise ConfigError(f"override {item!r} is not of the form key=value; for example --set optimizer.matrix_lr=0.03")
-        if key in result:
-            raise ConfigError(f"override {key!r} is given twice ({result[key]!r} and {value!r}); keep one")
-        result[key] = value
-    return result
 
 
 def to_plain(value: Any) -> Any:

@@ -12,7 +12,8 @@ from nanochat_model.config import DataConfig, GPTConfig, Packing
 from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import require_device
 from nanochat_model.horizon import Horizon
-from nanoladder.cli.common import Json, Overrides, Storage, parse_overrides, print_json
+from nanochat_model.overrides import parse_overrides
+from nanoladder.cli.common import Json, Overrides, Storage, print_json
 from nanoladder.plan import BYTES_PER_TOKEN, LaunchPlan, make_plan
 from nanoladder.plan_backwards import Goal, solve_goal
 from nanoladder.plan_text import plan_as_dict, print_plan

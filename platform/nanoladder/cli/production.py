@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from nanochat_model.errors import ConfigError
-from nanoladder.cli.common import Json, Overrides, Storage, parse_overrides, print_json
+from nanochat_model.overrides import parse_overrides
+from nanoladder.cli.common import Json, Overrides, Storage, print_json
 from nanoladder.workspace import Workspace
 
 

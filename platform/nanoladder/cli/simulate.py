@@ -12,7 +12,8 @@ import tyro
 
 from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import require_device
-from nanoladder.cli.common import Json, Overrides, Storage, parse_overrides, print_json
+from nanochat_model.overrides import parse_overrides
+from nanoladder.cli.common import Json, Overrides, Storage, print_json
 from nanoladder.job_context import default_storage
 from nanoladder.ladder import Ladder
 from nanoladder.simulation.fleet import Fleet, Overheads
