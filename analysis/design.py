@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from analysis.budgets import GAP
 from analysis.errors import DataError
 from analysis.law import Law
 from analysis.words import plural
@@ -26,10 +25,12 @@ MISFIT_PER_DECADE = 0.002  # relative loss; surfaces fitted to public ladders mi
 DEFAULT_NOISE = 0.002  # relative seed noise when nothing was replicated
 SPAN = 4.0  # sizes reach from N*/4 to 4·N* at each budget
 OFF_CENTRE_MISFIT = 0.004  # relative loss at the ends of that span, on top of the seed noise: far from N* the surface fits worse
-MAX_SHARE = 0.5  # of the remaining FLOPs in one run
+MAX_SHARE = 0.5  # of the remaining FLOPs in one run…
+MAX_TARGET_SHARE = 0.25  # …and of the target's: a ladder that needs dearer runs predicts nothing that it has not paid for
 SIZES, BUDGETS_PER_DECADE = 13, 6
-MAX_RUNS = 24
-WORTH = 0.002  # a run that lowers the variance by less than this share is not worth planning
+MAX_RUNS = 40
+WORTH = 0.0002  # a run that lowers the variance by less than this share is not worth planning
+ROUND_SHARE = 0.5  # of what was spent so far, in one round
 Quantity = Literal["loss", "ratio"]
 
 
@@ -77,8 +78,10 @@ def suggest_runs(
     (E, A, B, alpha, beta).
 
     `quantity`: what is wanted at `target_flops`: "ratio" (log of the optimal D/N) or "loss" (log of the loss at the optimum).
-    `sizes`: the N that can be built; without them nine geometric sizes over ±4x about N*(C) at each budget. Two greedy
-    orders are tried, by gain per FLOP and by gain, and the better one returned. DataError when nothing affordable helps.
+    `sizes`: the N that can be built; without them 13 geometric sizes over ±4x about N*(C) at each budget. Budgets are the
+    cheapest one seen times powers of 10^(1/6), so that those of later rounds meet those of earlier ones; no run takes more
+    than half of `remaining_flops` or a quarter of `target_flops`. Two greedy orders are tried, by gain per FLOP and by gain,
+    and the better one returned. DataError when nothing affordable helps.
     """
     if not (remaining_flops > 0 and target_flops > 0):
         raise DataError(f"remaining_flops {remaining_flops} and target_flops {target_flops} must be positive")
@@ -87,7 +90,7 @@ def suggest_runs(
         raise DataError(f"the surface has no {missing[0]}; fit the allocation first (at least six runs)")
     model = _Surface(frame, surface)
     noise = noise_sd if noise_sd is not None else DEFAULT_NOISE
-    candidates = model.candidates(MAX_SHARE * remaining_flops, sizes)
+    candidates = model.candidates(min(MAX_SHARE * remaining_flops, MAX_TARGET_SHARE * target_flops), sizes)
     if not len(candidates):
         raise DataError(
             f"no run fits into {remaining_flops:.3g} FLOPs at the sizes given; raise the budget or allow smaller models"
@@ -103,6 +106,13 @@ def suggest_runs(
     return Design(
         quantity=quantity, target_flops=target_flops, runs=runs, sd_before=sds[0], sd_after=sds[-1], flops=spent, message=message
     )
+
+
+def round_flops(spent: float, left: float = math.inf) -> float:
+    """FLOPs of the next round when `spent` are spent and `left` may still be: late choices know more, so rounds grow with what
+    was spent; what would be left over for less than half a round more goes into this one."""
+    usual = ROUND_SHARE * spent
+    return left if left < 1.5 * usual else usual
 
 
 def _planned(candidate: np.ndarray, sd: float, batch_law: Law | None) -> PlannedRun:
@@ -168,12 +178,16 @@ class _Surface:
             out[i] = (ends[0] - ends[1]) / 2e-4
         return out
 
+    def budget_index(self, c: np.ndarray) -> np.ndarray:
+        """(n,) number of the budget, from 0, that each compute is nearest to."""
+        return np.unique(np.round(np.log10(c / self.smallest) * BUDGETS_PER_DECADE), return_inverse=True)[1]
+
     def candidates(self, most: float, sizes: Sequence[float] | None) -> np.ndarray:
         """(m, 3): N, D, C of affordable runs, from the smallest compute seen to `most`."""
-        low = min(self.smallest, most)
-        count = 1 + max(0, math.floor(math.log10(most / low) * BUDGETS_PER_DECADE))
+        steps = math.floor(math.log10(most / self.smallest) * BUDGETS_PER_DECADE + 1e-9)
+        budgets = self.smallest * 10 ** (np.arange(steps, -1, -1) / BUDGETS_PER_DECADE) if steps >= 0 else np.array([most])
         rows = []
-        for c in np.geomspace(most, low, count) if count > 1 else np.array([most]):
+        for c in budgets:
             best = float(self.optimum(np.array([c]))[0][0])
             if sizes is None:
                 ns = best * np.geomspace(1 / SPAN, SPAN, SIZES)
@@ -191,7 +205,7 @@ class _State:
     ) -> None:
         done = frame[["N", "D", "C"]].to_numpy(dtype=float)
         runs = np.vstack([done, candidates])
-        groups = _compute_groups(runs[:, 2])
+        groups = model.budget_index(runs[:, 2])
         centre = np.array([np.exp(np.log(runs[groups == g, 2]).mean()) for g in range(groups.max() + 1)])
         misfit = np.maximum(MISFIT_PER_DECADE * np.abs(np.log10(target / centre)), 1e-5)
         rows = np.zeros((len(runs), 5 + len(centre)))
@@ -228,12 +242,3 @@ class _State:
             chosen.append(i)
             sds.append(math.sqrt(max(variance, 0.0)))
         return chosen, sds
-
-
-def _compute_groups(compute: np.ndarray) -> np.ndarray:
-    """(n,) number of the budget of each run: a step over 25% in sorted compute starts a new one."""
-    order = np.argsort(compute, kind="stable")
-    steps = np.concatenate([[False], np.diff(np.log(compute[order])) > math.log(GAP)])
-    out = np.empty(len(compute), dtype=int)
-    out[order] = np.cumsum(steps)
-    return out

@@ -1,9 +1,9 @@
 """A sweep over sizes and budgets that chooses its next cells: where they shrink the target's interval most per FLOP.
 
 The sweep's own cells come first (two low budgets will do). Then, in rounds: fit the surface to what is recorded, ask
-`analysis.suggest_runs` for the next runs, write the choice down, run it. Each round spends half as much again as was spent, so
-every budget is centred on the law fitted so far. The choices lie in sweeps/<name>/choices.json: a sweep that is started again
-takes them as they were made.
+`analysis.design` how much to spend (`round_flops`) and on which runs (`suggest_runs`), write the choice down, run it: every
+budget is centred on the law fitted so far. The choices lie in sweeps/<name>/choices.json: a sweep that is started again takes
+them as they were made.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CHOICES_FILE = "choices.json"
-ROUND_SHARE = 0.5  # of what was spent so far, in one round: late choices know more
 REST_SHARE = 0.02  # of all FLOPs: what is left then is too little for another round
 MIN_RUNS = 6  # for a surface of five parameters
 STEP = math.sqrt(10.0)  # to the next budget where no surface can be fitted yet
@@ -48,19 +47,26 @@ def execute_adaptive(
 ) -> list[RunRecord]:
     """Run the sweep's cells and then its rounds, until `sweep.adaptive.total_flops` are spent; every record.
 
-    `run` runs a sweep whole; `options` are passed on to it. Raises ConfigError where the runs so far show no shape to choose by.
+    `run` runs a sweep whole; `options` are passed on to it. Raises ConfigError where the runs so far show no shape to choose by,
+    and where no run of a round completed.
     """
+    from analysis.design import round_flops
+
     plan = sweep.adaptive
     assert plan is not None, f"sweep {sweep.name} has no `adaptive`"
     path = workspace.sweep_dir(sweep.name) / CHOICES_FILE
     rounds = read_choices(path)
+    completed = -1
     while True:
         grown = with_choices(sweep, rounds)
         records = run(grown, workspace, **options)
         done = [r for r in records if r.status == "complete"]
+        if len(done) == completed:
+            raise ConfigError(f"sweep {sweep.name}: no run of round {len(rounds)} completed; see its records before it goes on")
+        completed = len(done)
         spent = sum(r.train_flops for r in done)
         left = plan.total_flops - spent
-        choice = choose(grown, done, min(ROUND_SHARE * spent, left)) if left > REST_SHARE * plan.total_flops else None
+        choice = choose(grown, done, round_flops(spent, left)) if left > REST_SHARE * plan.total_flops else None
         if choice is None:
             if left > 0:
                 say(f"{left:.3g} of {plan.total_flops:.3g} FLOPs are left, too few for a round that tells more")

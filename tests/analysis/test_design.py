@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.design import suggest_runs
+from analysis.design import round_flops, suggest_runs
 from analysis.errors import DataError
 
 SURFACE = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}  # Hoffmann et al., arXiv 2203.15556
@@ -33,6 +33,8 @@ def test_design_stays_within_its_means_and_helps(quantity):
     design = suggest_runs(DONE, SURFACE, target_flops=1e21, remaining_flops=6e19, quantity=quantity, noise_sd=0.002)
     assert 0 < design.flops <= 6e19 * (1 + 1e-9)
     assert all(r.C <= 3e19 * (1 + 1e-9) for r in design.runs)  # never more than half of it in one run
+    steps = np.array([6 * math.log10(r.C / 1e18) for r in design.runs])
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-6)  # on the budgets that later rounds use too
     sds = [design.sd_before, *(r.sd_after for r in design.runs)]
     assert all(a > b for a, b in pairwise(sds))
     assert design.sd_after < 0.85 * design.sd_before
@@ -47,35 +49,68 @@ def test_more_money_buys_a_narrower_interval():
     assert told[0] > told[1] > told[2]
 
 
-def linear_sd(runs: pd.DataFrame, target: float, noise: float = 0.002) -> float:
-    """sd of log D/N at the target after a least-squares refit of all five parameters: written out afresh, by differences."""
+def test_no_run_comes_near_the_target():
+    design = suggest_runs(DONE, SURFACE, target_flops=2e19, remaining_flops=1e21, quantity="loss")
+    assert 1e18 < max(r.C for r in design.runs) <= 5e18
+
+
+def linear_sds(runs: pd.DataFrame, target: float, quantity: str, noise: float = 0.003, shared: float = 0.0) -> tuple[float, float]:
+    """sd of the target after a least-squares refit of all five parameters that takes the runs as independent: what it would
+    claim, and what it is where the runs of a quarter of a decade share an error besides. Written out afresh, by differences."""
     theta = np.array([SURFACE["E"], math.log(SURFACE["A"]), math.log(SURFACE["B"]), SURFACE["alpha"], SURFACE["beta"]])
 
-    def losses(t: np.ndarray) -> np.ndarray:
-        n, d = runs["N"].to_numpy(), runs["D"].to_numpy()
+    def losses(t: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
         return np.log(t[0] + np.exp(t[1]) / n ** t[3] + np.exp(t[2]) / d ** t[4])
 
-    def ratio(t: np.ndarray) -> float:
+    def wanted(t: np.ndarray) -> float:
         g = (t[3] * np.exp(t[1]) / (t[4] * np.exp(t[2]))) ** (1 / (t[3] + t[4]))
         n = g * (target / 6) ** (t[4] / (t[3] + t[4]))
-        return math.log(target / 6 / n / n)
+        return math.log(target / 6 / n / n) if quantity == "ratio" else float(losses(t, n, target / 6 / n))
 
+    n, d, c = (runs[k].to_numpy() for k in ("N", "D", "C"))
     steps = 1e-5 * np.eye(5)
-    jacobian = np.column_stack([(losses(theta + s) - losses(theta - s)) / 2e-5 for s in steps])
-    gradient = np.array([(ratio(theta + s) - ratio(theta - s)) / 2e-5 for s in steps])
-    covariance = np.linalg.inv(jacobian.T @ jacobian / noise**2)
-    return math.sqrt(gradient @ covariance @ gradient)
+    jacobian = np.column_stack([(losses(theta + s, n, d) - losses(theta - s, n, d)) / 2e-5 for s in steps])
+    gradient = np.array([(wanted(theta + s) - wanted(theta - s)) / 2e-5 for s in steps])
+    influence = jacobian @ np.linalg.inv(jacobian.T @ jacobian) @ gradient
+    bins = np.round(4 * np.log10(c))
+    together = sum(float(influence[bins == each].sum()) ** 2 for each in np.unique(bins))
+    claimed = noise**2 * float(influence @ influence)
+    return math.sqrt(claimed), math.sqrt(claimed + shared**2 * together)
 
 
 def test_design_beats_a_fixed_grid_at_half_the_cost():
     """The same interval of D/N at 1e21 FLOPs for at most half the FLOPs of a centred fixed grid, by an ordinary refit."""
     grid = ladder([1e19, 3e19], (0.25, 0.4, 0.63, 1.0, 1.6, 2.5, 4.0))
-    after_grid = linear_sd(pd.concat([DONE, grid]), 1e21)
+    after_grid, _ = linear_sds(pd.concat([DONE, grid]), 1e21, "ratio")
     half = 0.5 * grid["C"].sum()
     design = suggest_runs(DONE, SURFACE, target_flops=1e21, remaining_flops=half, quantity="ratio", max_runs=40)
     chosen = pd.DataFrame([{"N": r.N, "D": r.D, "C": r.C} for r in design.runs])
     assert design.flops <= half * (1 + 1e-9)
-    assert linear_sd(pd.concat([DONE, chosen]), 1e21) <= after_grid
+    assert linear_sds(pd.concat([DONE, chosen]), 1e21, "ratio")[0] <= after_grid
+
+
+@pytest.mark.parametrize("quantity", ["ratio", "loss"])
+def test_rounds_beat_the_whole_grid_at_half_its_cost(quantity):
+    """From two budgets up: the interval of five budgets over two decades for at most half its FLOPs, and no larger an
+    error where budgets share one."""
+    guess = 1.6 * np.geomspace(1 / 4, 4, 7)  # as good as N* is known before anything was run
+    grid = ladder(1e18 * 10 ** np.linspace(0, 2, 5), guess)
+    claimed, real = linear_sds(grid, 1e21, quantity, shared=0.002)
+    total = 0.5 * grid["C"].sum()
+    runs = ladder(1e18 * 10 ** np.array([0, 0.5]), guess)
+    while total - (spent := runs["C"].sum()) > 0.02 * total:
+        flops = round_flops(spent, total - spent)
+        design = suggest_runs(runs, SURFACE, target_flops=1e21, remaining_flops=flops, quantity=quantity, noise_sd=0.003)
+        runs = pd.concat([runs, pd.DataFrame([(r.N, r.D, r.C) for r in design.runs], columns=["N", "D", "C"])], ignore_index=True)
+    assert runs["C"].sum() <= total * (1 + 1e-9)
+    after, real_after = linear_sds(runs, 1e21, quantity, shared=0.002)
+    assert after <= claimed
+    assert real_after <= real
+
+
+def test_rounds_grow_and_the_last_takes_what_is_left():
+    assert round_flops(1e19) == round_flops(1e19, 1e21) == pytest.approx(5e18)
+    assert round_flops(1e19, 7e18) == 7e18 and round_flops(1e19, 3e18) == 3e18
 
 
 def test_design_does_not_care_for_units():

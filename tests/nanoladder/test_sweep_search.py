@@ -200,6 +200,9 @@ def test_an_adaptive_sweep_chooses_cells_writes_them_down_and_resumes(tmp_path: 
     again = {c["seed"] for r in rounds for c in r["cells"] if c["cell"].endswith(f"-s{c.get('seed')}")}
     assert again and {r.seed for r in records} == {0} | again, "a cell that is chosen once more is run by another seed"
 
+    with pytest.raises(ConfigError, match="no run of round 1 completed"):
+        execute_adaptive(sweep, Workspace(tmp_path / "failing"), run=lambda *args, **options: records[: len(first)])
+
     calls.clear()
     assert {r.run_id for r in execute_adaptive(sweep, Workspace(tmp_path), run=run)} == {r.run_id for r in records}
     assert calls == [0], "nothing is chosen or trained again"
