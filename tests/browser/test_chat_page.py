@@ -166,6 +166,15 @@ def test_a_call_is_shown_as_a_sum(page: Page) -> None:
     assert shown == "so 2*3 = 6."
 
 
+def test_a_heading_is_bold_and_so_is_a_final_answer(page: Page) -> None:
+    text = "# Ladders\\nThey #1 lean.\\n#### 55"
+    shown = page.evaluate(
+        f"""import('./render.js').then(m => {{ const d = document.createElement('div'); m.render(d, '{text}');
+        return d.innerHTML; }})"""
+    )
+    assert shown == "<p><strong>Ladders</strong></p><p>They #1 lean.</p><p><strong>55</strong></p>"
+
+
 @pytest.mark.parametrize("width, dark", [(1280, False), (1280, True), (390, False), (390, True)])
 def test_it_fits_any_width_and_theme(page: Page, width: int, dark: bool, tmp_path: Path) -> None:
     page.view(width, 800, dark=dark, phone=width < 600)

@@ -6,6 +6,7 @@ A user's mistake (ConfigError, DataError) becomes one line on stderr and exit st
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from importlib import import_module
@@ -54,6 +55,9 @@ EXTRAS = {
     **dict.fromkeys(("torch", "tokenizers", "safetensors", "yaml", "huggingface_hub"), "model"),
     **dict.fromkeys(("ray", "optuna", "cmaes", "mlflow", "psutil", "fastapi", "uvicorn"), "platform"),
 }
+
+# What is wrong with a file or folder that a user named, not with this program.
+UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 def usage() -> str:
@@ -113,6 +117,10 @@ def run(argv: list[str]) -> int:
         if is_user_error(e):
             return fail(str(e))
         raise
+    except OSError as e:
+        if e.errno not in UNUSABLE or e.filename is None:
+            raise
+        return fail(f"{e.filename}: {e.strerror}; give another place, or see to it that this one can be used")
 
 
 def _run(name: str, command: Command, rest: list[str]) -> int:

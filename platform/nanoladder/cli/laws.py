@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -138,6 +139,13 @@ class Fit:
     def run(self) -> None:
         from analysis.laws import fit_laws
 
+        for name, value in (
+            ("n_boot", self.n_boot),
+            ("target_flops", self.target_flops),
+            ("remaining_flops", self.remaining_flops),
+        ):
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} {value} must be over 0 and finite")
         table = self.data.read()
         laws = fit_laws(
             table,
@@ -161,8 +169,7 @@ class Fit:
             ]
             print_table(("N", "D", "FLOPs", "batch (tokens)", "sd of log D/N after it"), rows, title="next runs")
             print(design.message)
-        if out is not None:
-            print(f"written: {out}")
+        print(f"written: {out}" if out is not None else "not written; --out laws.json keeps the laws for `nanoladder plan`")
 
     def show(self, table: RunTable, laws: Laws) -> None:
         """The laws as a table, then in words, with what speaks against them and what to do next."""

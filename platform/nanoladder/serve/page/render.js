@@ -1,7 +1,8 @@
-// Text of a reply as elements: paragraphs, fenced and inline code, bold, and calculator calls. Nothing is ever parsed as HTML:
+// Text of a reply as elements: paragraphs, headings, fenced and inline code, bold, and calculator calls. Nothing is ever parsed as HTML:
 // every character of the model ends in a text node.
 
 const INLINE = /`([^`\n]+)`|\*\*([^*\n]+)\*\*|<\|python_start\|>([\s\S]*?)<\|python_end\|>(?:<\|output_start\|>([\s\S]*?)<\|output_end\|>)?/g;
+const HEADING = /^#{1,6} +(?=\S)/; // "#### 55" is also how a model marks its final answer
 
 export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -43,7 +44,10 @@ export function render(target, text) {
     const fence = /^\s*```/.test(line);
     if (fence && code === null) { flush(); code = []; }
     else if (fence) { blocks.push(make("pre", { tabindex: "0" }, make("code", {}, code.join("\n")))); code = null; }
-    else (code ?? plain).push(line);
+    else if (code === null && HEADING.test(line)) {
+      flush();
+      blocks.push(make("p", {}, make("strong", {}, ...inline(line.replace(HEADING, "")))));
+    } else (code ?? plain).push(line);
   }
   if (code !== null) blocks.push(make("pre", { tabindex: "0" }, make("code", {}, code.join("\n"))));
   else flush();
