@@ -54,7 +54,10 @@ def _number(text: str, counts: bool, decimal_comma: bool) -> float:
         if found := SUFFIXED.fullmatch(text):
             text, factor = found["number"].strip(), FACTORS[found["suffix"].upper()]
         if found := POWER.fullmatch(text):
-            text, factor = found["number"] or "1", factor * float(np.power(10.0, float(found["power"])))
+            text, power = found["number"] or "1", float(found["power"])
+            if abs(power) > 300:  # no float holds it
+                return float(np.nan)
+            factor *= 10.0**power
     comma = decimal_comma and DECIMAL_COMMA.fullmatch(text) is not None
     if comma and not (counts and GROUPED.fullmatch(text)):  # 3,142 is a loss, 26,860 are parameters
         text = text.replace(",", ".")

@@ -78,7 +78,7 @@ def test_separators_headers_and_notations_of_a_file(tmp_path):
 
 
 def test_words_powers_and_labels_of_counts():
-    text = pd.Series(["30.4 million", "1.2 bn", "2.15x10^18", "10**19", "C=1e18", "4.64e18 FLOPs", "3 apples", "x^2"])
+    text = pd.Series(["30.4 million", "1.2 bn", "2.15x10^18", "10**19", "C=1e18", "4.64e18 FLOPs", "3 apples", "x^2", "10^400"])
     numbers, _ = to_numbers(text, counts=True)
     assert numbers[:6].tolist() == pytest.approx([30.4e6, 1.2e9, 2.15e18, 1e19, 1e18, 4.64e18])
     assert numbers[6:].isna().all() and to_numbers(text)[0].isna().all()  # a loss is no count
