@@ -210,8 +210,11 @@ def resolve_run(args: Arguments) -> tuple[TrainConfig, Path | None]:
     trunk, _, step = args.decay_from.rpartition("@")
     if not trunk or not step.isdigit():
         raise ConfigError(f"--decay-from {args.decay_from!r} is not of the form RUN_DIR@STEP, for example trunk@1000")
-    if args.set or (args.model, args.horizon, args.recipe) != (ModelArgs(), HorizonArgs(), RecipeArgs()):
-        raise ConfigError("--decay-from takes model, batch, rates and schedule from the trunk; leave out their options")
+    plain = Arguments(shards=args.shards)
+    if any(getattr(args, name) != getattr(plain, name) for name in ("model", "horizon", "recipe", "set", "packing", "seed")):
+        raise ConfigError(
+            "--decay-from takes model, batch, rates and schedule from the trunk, packing and seed as well; leave out their options"
+        )
     config, start_from = decay_start(trunk, int(step), decay_steps=args.decay_steps)
     return replace(config, data=replace(config.data, path=str(shards.path))), start_from
 

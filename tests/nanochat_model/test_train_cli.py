@@ -74,6 +74,9 @@ def test_a_trunk_and_two_decays_as_json(tmp_path: Path, capsys: pytest.CaptureFi
         facts = json.loads(capsys.readouterr().out)
         assert e.value.code == 0 and facts["num_tokens"] == (step + 2) * 256 and facts["run_id"] != record.run_id
         assert RunRecord.load(run_dir).config.trunk == f"{record.run_id}@{step}" and facts["parents"]["trunk"]
+    with pytest.raises(SystemExit) as e:
+        main([str(tiny_shards().path), *options, "--device", "cpu", "--seed", "3"])
+    assert e.value.code == 2 and "packing and seed as well" in capsys.readouterr().err
     assert call("--decay-from", f"{tmp_path / 'trunk'}@4", "--decay-steps", "2") == 2
     assert "takes model, batch, rates and schedule from the trunk" in capsys.readouterr().err
     assert call("--num-steps", "3", "--dry-run", "--json") == 0
