@@ -150,7 +150,9 @@ def run_demo(storage: str | Path, size: DemoSize | None = None, console: Console
     console = console or wide_console()
     stages = demo_stages(size, workspace)
     started = time.perf_counter()
-    console.print(f"nanoladder demo in {workspace.root}; interrupt it at any time, the next start goes on", soft_wrap=True)
+    console.print(
+        f"nanoladder demo in {workspace.root}; interrupt it at any time, the next start goes on", soft_wrap=True, markup=False
+    )
     try:
         with StageDisplay(len(stages), console) as display:
             facts = run_stages(stages, workspace.stages_dir, display)

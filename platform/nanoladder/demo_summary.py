@@ -10,6 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -38,7 +39,7 @@ def print_summary(console: Console, workspace: Workspace, facts: Mapping[str, Fa
         found.add_row(name, Text(text))
     console.print("[bold]What came out[/]\n")
     console.print(found)
-    console.print(f"\n[bold]Report[/]           open in a browser: {workspace.report_path}", soft_wrap=True)
+    console.print(f"\n[bold]Report[/]           open in a browser: {escape(str(workspace.report_path))}", soft_wrap=True)
     console.print("\n[bold]Go on[/]")
     for why, commands in further_commands(workspace, Path(facts["sft"]["folder"])):
         console.print(f"\n  [dim]# {why}[/]")
@@ -49,7 +50,8 @@ def print_summary(console: Console, workspace: Workspace, facts: Mapping[str, Fa
 
 def findings(facts: Mapping[str, Facts], production: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What was found, as (what, sentence)."""
-    yield from zip(("Promotion", *[""] * 99), promotion_lines(facts["promotion"]["promotions"]), strict=False)
+    for i, line in enumerate(promotion_lines(facts["promotion"]["promotions"])):
+        yield "" if i else "Promotion", line
     yield "Production loss", production_line(production)
     for i, task in enumerate(facts["chat_eval"]["tasks"]):
         yield "" if i else "Chat evaluation", task_line(task)
