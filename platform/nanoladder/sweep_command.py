@@ -56,6 +56,13 @@ def run_sweep(sweep: Sweep | Ladder | SFTSweep, argv: Sequence[str] | None = Non
     except SweepStopped as e:
         print(e, file=sys.stderr)
         status = STOPPED
+    except BrokenPipeError:
+        if "--dry-run" not in (sys.argv if argv is None else argv):
+            raise
+        from nanoladder.cli import leave_pipe
+
+        leave_pipe()
+        status = 0
     except KeyboardInterrupt:
         print("\ninterrupted; what is recorded stays, the same command goes on from there", file=sys.stderr)
         status = INTERRUPTED

@@ -81,10 +81,15 @@ def main(argv: list[str] | None = None) -> None:
     try:
         status = run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output (head, less) has gone: that is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        leave_pipe()
         status = 0
     sys.exit(status)
+
+
+def leave_pipe() -> None:
+    """The reader of our output (head, less) has gone: that is no error, and what is still to be written goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(argv: list[str]) -> int:
