@@ -45,13 +45,13 @@ def fit_prompt(messages: Sequence[dict[str, str]], tokenizer: Tokenizer, max_tok
         ids = _render(kept, tokenizer)
         return ids, f"{len(ids)} tokens"
 
-    def fits(exchanges: int) -> bool:
-        ids, _ = without(exchanges)
+    def fits(ids: list[int] | None) -> bool:
         return ids is not None and len(ids) + reserve <= max_tokens
 
-    # What is left only becomes shorter, so a long history costs a few tries, not one an exchange.
-    gone = 0 if fits(0) else min(most, bisect.bisect_left(range(most), True, lo=1, key=fits))
-    ids, size = without(gone)
+    gone, (ids, size) = 0, without(0)
+    if most and not fits(ids):  # what is left only becomes shorter: a long history costs a few tries, not one an exchange
+        gone = bisect.bisect_left(range(most), True, lo=1, key=lambda exchanges: fits(without(exchanges)[0]))
+        ids, size = without(gone)
     if ids is not None and len(ids) < max_tokens:
         return Prompt(ids=ids, room=max_tokens - len(ids), dropped=2 * gone)
     message = f"the messages have {size}; the context holds {max_tokens} tokens with the reply; shorten them"
