@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_model.errors import ConfigError
+from nanochat_model.hardware import require_device
 from nanochat_model.overrides import parse_overrides
 from nanochat_model.record import RunRecord
 from nanochat_model.sft_recipe import SFTRecipe
@@ -123,6 +125,9 @@ def _run_here(target: Sweep | Ladder, args: argparse.Namespace) -> int:
     workspace = Workspace(args.storage)
     if args.dry_run:
         return _dry_run(target, workspace, args)
+    if args.json or args.device:
+        given = "--json" if args.json else f"--device {args.device}"
+        raise ConfigError(f"{given} goes with --dry-run; what a sweep runs on is set with --set device=…")
     check_lasting(args.storage)
     _end_on_sigterm()
     options: dict[str, Any] = {
@@ -186,6 +191,8 @@ def _dry_run(target: Sweep | Ladder, workspace: Workspace, args: argparse.Namesp
         data = shards_of(sweep, workspace) if built else None
         check_sweep(sweep, data)
         device = args.device or sweep.device or "cpu"
+        if device != "cpu":
+            require_device(device)
         plans.append(plan_sweep(sweep, device=device, data=data, records=recent_records(workspace), recorded=recorded))
     if args.json:
         print_json([p.as_dict() for p in plans] if isinstance(target, Ladder) else plans[0].as_dict())
@@ -242,7 +249,8 @@ def _summary(sweep: Sweep, workspace: Workspace, records: Sequence[RunRecord]) -
         _print_fronts(sweep, index, workspace.sweep_dir(sweep.name))
     failed = [r for r in records if r.status == "failed"]
     print(f"{len(records)} runs, {len(failed)} failed; index: {workspace.sweep_dir(sweep.name) / INDEX_FILE}")
-    print(f"look further: mlflow ui --backend-store-uri {workspace.mlflow_uri}   optuna-dashboard {workspace.optuna_uri}")
+    missing = "" if shutil.which("optuna-dashboard") else "   (first: pip install optuna-dashboard)"
+    print(f"look further: mlflow ui --backend-store-uri {workspace.mlflow_uri}   optuna-dashboard {workspace.optuna_uri}{missing}")
     return 1 if failed else 0
 
 
