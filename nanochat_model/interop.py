@@ -98,7 +98,8 @@ def inherited_config(state: CheckpointState) -> TrainConfig:
     given (before they were scaled to the batch) and its batch; nanochat's defaults where the meta file does not tell."""
     meta = state.extra.get("source_meta", {})
     given = meta.get("user_config") or {}
-    rates = {name: float(given[name]) for name in ("embedding_lr", "unembedding_lr", "matrix_lr") if given.get(name)}
+    names = ("embedding_lr", "unembedding_lr", "matrix_lr")
+    rates: dict[str, Any] = {name: float(given[name]) for name in names if given.get(name)}
     length, batch = state.model.sequence_len, int(meta.get("total_batch_size") or 0)
     fits = batch > 0 and batch % length == 0
     return TrainConfig(
