@@ -21,6 +21,7 @@ from analysis.records import read_records
 from analysis.words import plural
 
 NO_CONVENTION = "as given"
+BITS_PER_BYTE = "validation bpb"  # the loss of records, MLflow and nanochat's tables
 USUAL_FLOPS_FACTOR = 10.0  # C/(N·D) lies within this of 6, whatever N counts
 NANOCHAT_COLUMNS = (
     "flops_budget", "depth", "model_dim", "params_wte", "params_value_embeds", "params_lm_head", "params_transformer",
@@ -42,6 +43,7 @@ class RunTable:
     left_out: tuple[LeftOut, ...] = ()
     source: str = ""
     convention: str = NO_CONVENTION
+    loss_name: str = "loss"  # what people call L
     notes: tuple[str, ...] = ()
     curves: Mapping[str, np.ndarray] = field(default_factory=dict)
     inside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -104,14 +106,16 @@ def table_from_frame(
     *,
     source: str,
     convention: str | None = None,
+    loss_name: str | None = None,
     left_out: Iterable[LeftOut] = (),
     notes: Iterable[str] = (),
     curves: Mapping[str, np.ndarray] | None = None,
 ) -> RunTable:
     """Clean raw rows that already have the standard column names; find budgets and FLOPs that the table does not give.
 
-    C is the FLOPs column where there is one, else the budget, else 6·N·D. `convention` picks N among the N_* columns.
-    Raises DataError when no row is usable, with the first reasons.
+    C is the FLOPs column where there is one, else the budget, else 6·N·D. `convention` picks N among the N_* columns; with one, L
+    is called bits per byte, as in records, unless `loss_name` says otherwise. Raises DataError when no row is usable, with the
+    first reasons.
     """
     raw = raw.reset_index(drop=True)
     notes = list(notes)
@@ -139,6 +143,7 @@ def table_from_frame(
         left_out=tuple(gone),
         source=source,
         convention=convention or NO_CONVENTION,
+        loss_name=loss_name or ("loss" if convention is None else BITS_PER_BYTE),
         notes=tuple(notes),
         curves=dict(curves or {}),
     )
@@ -207,7 +212,8 @@ def load_csv(
             raise DataError(f"{path}: no column {drop_outliers!r} to drop outliers by; columns: {', '.join(map(str, raw.columns))}")
         frame["drop"] = np.where(_as_bool(raw[drop_outliers]), f"flagged in column {drop_outliers}", "")
     frame["row"] = [f"row {line}" for line in raw.index]  # line of the file
-    return table_from_frame(frame, source=str(path), convention=convention, notes=notes)
+    loss_name = BITS_PER_BYTE if "bpb" in chosen["loss"].lower() else "loss"
+    return table_from_frame(frame, source=str(path), convention=convention, loss_name=loss_name, notes=notes)
 
 
 def load_nanochat_results(path: str | Path, *, convention: str = "matrices_lm_head") -> RunTable:

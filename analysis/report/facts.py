@@ -46,7 +46,7 @@ def report_facts(
     facts: dict[str, Any] = {
         "schema_version": FACTS_SCHEMA,
         "title": title,
-        "loss_name": "loss" if table.convention == NO_CONVENTION else "validation bpb",
+        "loss_name": table.loss_name,
         "convention": raw.get("convention") or table.convention,
     }
     facts["convention_label"] = CONVENTION_LABELS.get(facts["convention"], facts["convention"])

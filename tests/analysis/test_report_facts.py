@@ -142,6 +142,8 @@ def test_a_table_without_compute_budgets_or_knobs_still_makes_a_report(tmp_path:
     table = load_csv(tmp_path / "runs.csv")
     facts = report_facts(fit_laws(table, target_flops=1e20, n_boot=BOOT), table)
     assert facts["loss_name"] == "loss"
+    counted = load_csv(tmp_path / "runs.csv", {"params_all": "N"})
+    assert (counted.convention, counted.loss_name) == ("all", "loss")
     assert facts["next_steps"][-1].startswith("To plan a run by these laws, fit again and say what N counts: --params-all")
     assert facts["parametric"]["alpha"] == pytest.approx(0.34, abs=0.03)
     assert facts["runs"]["columns"]["run_id"][0] == "row 2"
