@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from html import escape
 from importlib import resources
@@ -93,7 +93,7 @@ def render(facts: Mapping[str, Any], drawn: pd.DataFrame, *, run_url: str | None
 def page_sections(facts: Mapping[str, Any], figures: Figures) -> list[Html]:
     """The page from its masthead to how to read it. `figures` without any gives the words and tables alone."""
     absent = absent_sections(facts)
-    made = {
+    made: dict[str, Callable[[], Html]] = {
         "verdict": lambda: sections.verdict(facts),
         "isoflop": lambda: sections.isoflop(facts, figures),
         "surface": lambda: sections.surface(facts, figures),

@@ -45,7 +45,7 @@ _NUMBERS = (int, float)
 _KERNELS: dict[tuple[str, int], Any] = {}
 
 
-def _address(tensor: Tensor) -> int:
+def _address(tensor: Any) -> int:
     assert tensor.is_contiguous()
     return tensor.data_ptr()
 

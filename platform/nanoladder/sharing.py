@@ -99,7 +99,9 @@ def _probe_on_ray(
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
     options: dict[str, Any] = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0), "max_restarts": 0}
-    prober: Any = ray.remote(**options, **({"label_selector": dict(labels)} if labels else {}))(_Prober).remote()
+    if labels:
+        options["label_selector"] = dict(labels)
+    prober: Any = ray.remote(**options)(_Prober).remote()
     try:
         ray.get(prober.placed.remote(), timeout=wait_seconds)
         return ray.get(prober.step.remote(config, runtime))
