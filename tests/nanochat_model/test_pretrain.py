@@ -19,7 +19,7 @@ from nanochat_model.errors import ConfigError
 from nanochat_model.evaluate import evaluate_bpb
 from nanochat_model.gpt import GPT
 from nanochat_model.loader import Loader
-from nanochat_model.loop import Batch
+from nanochat_model.loop import Batch, LossScale
 from nanochat_model.optim import MuonAdamW
 from nanochat_model.record import CurvePoint, RunRecord
 from nanochat_model.session import Prefetcher
@@ -270,16 +270,17 @@ def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
     assert trace.saved == [1, 2, 3]
 
 
-def test_fp16_trains_with_a_loss_scale(tmp_path: Path) -> None:
+def test_fp16_trains_with_a_loss_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too high a scale only costs skipped steps; the scale is part of the checkpoint."""
-    config, runtime = tiny_config(compute_dtype="float16", num_steps=24), dataclasses.replace(RUNTIME, keep_steps=(16,))
+    monkeypatch.setattr(LossScale, "for_dtype", classmethod(lambda cls, dtype: cls(value=2.0**28, dynamic=True)))
+    config, runtime = tiny_config(compute_dtype="float16", num_steps=28), dataclasses.replace(RUNTIME, keep_steps=(20,))
     record, trace = run(tmp_path, config, runtime)
-    assert record.status == "complete" and trace.steps[-1].skipped_steps < 12
+    assert record.status == "complete" and 0 < trace.steps[-1].skipped_steps < 12
     assert trace.steps[-1].smooth_train_loss < trace.steps[0].train_loss - 0.5
     state = read_state(find_latest(tmp_path / CHECKPOINTS_DIR))
-    assert 1.0 <= state.loop["loss_scale"] < 2.0**16
-    rewind(tmp_path, 16)
-    assert run(tmp_path, config, runtime)[1].losses == trace.losses[16:], "a scale that starts anew would skip steps again"
+    assert 1.0 <= state.loop["loss_scale"] < 2.0**28
+    rewind(tmp_path, 20)
+    assert run(tmp_path, config, runtime)[1].losses == trace.losses[20:], "a scale that starts anew would skip steps again"
 
 
 def test_bf16_follows_fp32(tmp_path: Path) -> None:
