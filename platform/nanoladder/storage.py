@@ -100,9 +100,12 @@ class Remote:
         def act() -> None:
             local.parent.mkdir(parents=True, exist_ok=True)
             partial = local.with_name(f".{local.name}.{os.getpid()}")
-            with self._fs.open_input_stream(f"{self._base}/{path}") as source, partial.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 22)
-            os.replace(partial, local)
+            try:
+                with self._fs.open_input_stream(f"{self._base}/{path}") as source, partial.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 22)
+                os.replace(partial, local)
+            finally:
+                partial.unlink(missing_ok=True)
 
         self._try(f"read {path}", act)
         self._stamp(local, path)
