@@ -60,7 +60,6 @@ class HeldOut:
     predicted: float
     surface: float
     sd: float  # relative, with the run's own noise, before stretching
-    expected_sd: float  # relative, of the expected loss alone
     low: float | None
     high: float | None
     kind: str  # run or minimum
@@ -176,7 +175,7 @@ def _predict_run(model: LossModel, runs: Runs, i: int, stretch: float | None) ->
     low, high = _band(value, sd, stretch)
     return HeldOut(
         C=C, N=N, D=D, measured=float(runs.L[i]), predicted=math.exp(value), surface=model.surface_loss(N, D), sd=sd,
-        expected_sd=expected, low=low, high=high, kind="run", near=abs(penalty) < NEAR_OPTIMUM, row=i,
+        low=low, high=high, kind="run", near=abs(penalty) < NEAR_OPTIMUM, row=i,
         offset=offset, own_sd=math.hypot(model.noise_sd, shape), tilt=model.tilt_sd * abs(offset),
     )  # fmt: skip
 
@@ -198,7 +197,6 @@ def _predict_minimum(model: LossModel, top: Runs, stretch: float | None, noise_s
                 predicted=math.exp(value),
                 surface=model.surface_best(low_point.C)[2],
                 sd=sd,
-                expected_sd=expected,
                 low=low,
                 high=high,
                 kind="minimum",

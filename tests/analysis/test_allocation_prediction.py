@@ -148,7 +148,7 @@ def test_slopes_are_measured_against_the_minimum_and_the_noise():
         rng = np.random.default_rng(0)
         offsets = np.linspace(-1.2, 1.2, 41)
         errors = 0.01 + slope * offsets + noise * rng.normal(size=41)
-        common = {"C": 1e20, "N": 1.0, "D": 1.0, "predicted": 1.0, "surface": 1.0, "expected_sd": noise, "low": None, "high": None}
+        common = {"C": 1e20, "N": 1.0, "D": 1.0, "predicted": 1.0, "surface": 1.0, "low": None, "high": None}
         return [
             HeldOut(**common, measured=math.exp(e), sd=noise, kind="run", near=True, row=0, offset=x, own_sd=noise)
             for e, x in zip(errors, offsets, strict=True)
