@@ -42,6 +42,8 @@ def exclusive(folder: Path, what: str, *, wait_seconds: float = 0.0) -> Iterator
                     holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
                     raise ConfigError(f"{what} is being worked on by {holder}; wait for it or stop it ({folder})") from None
                 time.sleep(POLL_SECONDS)
+            except OSError as e:
+                raise ConfigError(f"{folder}: its file system has no locks ({e.strerror}); keep the storage on one that has") from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from toy_sweep import CELL
 from toy_training import train
 
 from nanochat_model.config import DataConfig
+from nanochat_model.errors import ConfigError
 from nanochat_model.record import RunRecord
 from nanoladder.cells import planned_trials
 from nanoladder.listen import Listener, Listeners
@@ -219,6 +221,15 @@ def test_what_a_trial_uses_is_shown_and_a_paused_one_is_not_running(tmp_path: Pa
     (child,) = children(workspace, "grid")
     found = child.data.metrics  # type: ignore[attr-defined]
     assert found["diagnostics/gradient_norm/h.0.mlp.c_fc"] == 0.25 and found["step_seconds/compute"] == 2.0
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(ConfigError, match="has no locks"), exclusive(tmp_path / "run", "a run"):
+        pass
 
 
 def test_broken_records_and_runs_without_a_sweep_are_named_and_kept(tmp_path: Path) -> None:
