@@ -43,7 +43,9 @@ def exclusive(folder: Path, what: str, *, wait_seconds: float = 0.0) -> Iterator
                     raise ConfigError(f"{what} is being worked on by {holder}; wait for it or stop it ({folder})") from None
                 time.sleep(POLL_SECONDS)
             except OSError as e:
-                raise ConfigError(f"{folder}: its file system has no locks ({e.strerror}); keep the storage on one that has") from None
+                raise ConfigError(
+                    f"{folder}: its file system has no locks ({e.strerror}); keep the storage on one that has"
+                ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
