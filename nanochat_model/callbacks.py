@@ -28,7 +28,7 @@ class StepInfo:
     num_tokens: int
     train_flops: float
     seconds: float  # of training so far, evaluation and saving left out
-    train_loss: float  # nats a token, mean over this step's global batch; nan if the step was skipped
+    train_loss: float  # nats a token, mean over this step's global batch; of a skipped step as it came out, perhaps not finite
     smooth_train_loss: float  # debiased exponential average, factor 0.9 a step
     lr_multiplier: float
     tokens_per_second: float  # since the previous report
