@@ -89,14 +89,14 @@ def render(statuses: Statuses, *, detail: bool) -> RenderableType:
 
 
 def _sweeps(statuses: Statuses) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("sweep")
-    table.add_column("stage")
-    table.add_column("state")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("sweep", overflow="fold")
+    table.add_column("stage", overflow="fold")
+    table.add_column("state", no_wrap=True)
     for column in ("running", "done", "failed"):
-        table.add_column(column, justify="right")
-    table.add_column("best")
-    for column in ("left", "device-hours", *(["cost"] if statuses[0]["cost_dollars"] is not None else [])):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("best", overflow="fold")
+    for column in ("left", "device\nhours", *(["cost"] if statuses[0]["cost_dollars"] is not None else [])):
         table.add_column(column, justify="right")
     for s in statuses:
         left = format_seconds(s["eta_seconds"]) if s["alive"] and s["eta_seconds"] is not None else "–"

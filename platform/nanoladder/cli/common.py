@@ -6,9 +6,12 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WIDEST = 240  # of a table in a pipe
 Positional = tyro.conf.Positional
@@ -40,8 +43,8 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", right: Sequence[str] = ()) -> None:
-    """A plain table on stdout; `right` names the columns to align right. Where a terminal is too narrow, cells are wrapped; a pipe,
-    which has no width, gets every row in one line."""
+    """A plain table on stdout; `right` names the columns to align right. Where a terminal is too narrow, cells are wrapped between
+    words; where that is not enough, and in a pipe, which has no width, every row is one line of its own length."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -53,13 +56,18 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
         table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDEST)
-    elif Measurement.get(wide := Console(width=WIDEST), wide.options, table).maximum > console.width:
-        for shown in table.columns:
-            shown.no_wrap, shown.overflow = False, "fold"
-    console.print(table)
+    console, wide = Console(), Console(width=WIDEST)
+    if console.is_terminal and Measurement.get(wide, wide.options, table).maximum > console.width:
+        _wrap(table, True)
+        fits = Measurement.get(wide, wide.options, table).minimum <= console.width
+        _wrap(table, fits)
+        console = console if fits else wide
+    (console if console.is_terminal else wide).print(table)
+
+
+def _wrap(table: Table, allowed: bool) -> None:
+    for column in table.columns:
+        column.no_wrap = not allowed
 
 
 def human(value: float | None, digits: int = 3) -> str:
