@@ -33,6 +33,7 @@ FIGURES = [
     "front_0",
 ]
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+TOP = "document.querySelector('{}').getBoundingClientRect().top"
 # Text that sticks out of the window at the right, outside of boxes that scroll by themselves.
 STICKING_OUT = """Array.from(document.querySelectorAll('main *')).filter(e =>
   !e.closest('.scroll') && !e.closest('.js-plotly-plot') && e.getBoundingClientRect().right > innerWidth + 1)
@@ -75,6 +76,8 @@ def look(page: Page, report: Path, width: int, *, dark: bool = False) -> None:
 def test_nothing_goes_wrong_at_any_width_and_theme(page: Page, demo: Path, width: int, dark: bool):
     look(page, demo, width, dark=dark)
     assert page.errors == []
+    assert page.evaluate("document.querySelector('main > section').id") == "verdict"
+    assert page.evaluate(f"{TOP.format('.warnings')} > {TOP.format('#verdict')}"), "what to do comes before what to mind"
     assert page.evaluate(OVERFLOW) == 0
     assert page.evaluate(STICKING_OUT) == []
     assert [u for u in page.requests if not u.startswith(("file:", "data:"))] == []
