@@ -158,7 +158,7 @@ def print_ranks(rows: list[dict[str, Any]]) -> None:
 
     table = Table(title="training by several processes (Gloo)")
     parts = list(rows[0]["parts"])
-    for column in ("ranks", "tok/s", "× the first", "step ms", *(f"{p} ms" for p in parts), "communication"):
+    for column in ("ranks", "tok/s", "× the first", "step ms", *(f"{p} ms" for p in parts), "communication share"):
         table.add_column(column, justify="right")
     for r in rows:
         table.add_row(
