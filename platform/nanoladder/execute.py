@@ -20,7 +20,7 @@ from nanoladder.cells import Trial, check_sweep
 from nanoladder.edges import extend_edges
 from nanoladder.listen import Listener, Listeners, ProgressState, SweepProgress
 from nanoladder.live_status import StatusWriter
-from nanoladder.node_labels import NO_LABELS, NodeLabels, coming_gpus, present_gpus
+from nanoladder.node_labels import NO_LABELS, NodeLabels, coming_gpus, present_gpus, resources_of_nodes
 from nanoladder.pool import CellWork, Pool, make_works, trial_tags
 from nanoladder.prune import Pruner
 from nanoladder.run_lock import exclusive
@@ -179,7 +179,7 @@ def _train(
         pool,
         maker,
         listener,
-        capacity=None if literal else ray.cluster_resources,
+        capacity=None if literal else resources_of_nodes,
         max_concurrent=max_concurrent,
         placement_seconds=wait,
         stop=StopWatch([workspace.sweep_dir(s.name) for s in sweeps]),

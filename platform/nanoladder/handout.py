@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 # Trials that Ray Tune may have waiting for a place or a process. Its own limit for a searcher like ours is 1: processes of a fleet
 # then start one after another, and an autoscaler sees one trial at a time. 200 is its limit for lists of trials known beforehand.
 MAX_PENDING = 200
+
+
+Labels: TypeAlias = Mapping[str, str]
+NO_LABEL: Labels = {}
 
 
 class Room:
@@ -15,7 +20,7 @@ class Room:
 
     def __init__(self, max_concurrent: int | None = None) -> None:
         self._max_concurrent = max_concurrent
-        self._used: dict[str, float] = {}
+        self._used: dict[tuple[tuple[str, str], ...], dict[str, float]] = {}  # by the labels that nodes must carry
         self.in_flight = 0
 
     @property
@@ -23,19 +28,25 @@ class Room:
         """Whether as many runs are in flight as may be."""
         return self._max_concurrent is not None and self.in_flight >= self._max_concurrent
 
-    def fits(self, need: Mapping[str, float], capacity: Mapping[str, float] | None) -> bool:
+    def fits(self, need: Mapping[str, float], capacity: Mapping[str, float] | None, labels: Labels = NO_LABEL) -> bool:
         """Whether `need` fits beside what is in flight. The first always does: that the cluster cannot hold it is for the
-        watchdog to say. `capacity` None: nodes may be added, everything fits."""
+        watchdog to say. `capacity` (of the nodes with these `labels`) None: nodes may be added, everything fits."""
         if capacity is None or not self.in_flight:
             return True
-        return all(self._used.get(k, 0.0) + need[k] <= capacity.get(k, 0.0) + 1e-6 for k in need)
+        used = self._used.get(_key(labels), {})
+        return all(used.get(k, 0.0) + need[k] <= capacity.get(k, 0.0) + 1e-6 for k in need)
 
-    def take(self, need: Mapping[str, float]) -> None:
+    def take(self, need: Mapping[str, float], labels: Labels = NO_LABEL) -> None:
         self.in_flight += 1
+        used = self._used.setdefault(_key(labels), {})
         for key, value in need.items():
-            self._used[key] = self._used.get(key, 0.0) + value
+            used[key] = used.get(key, 0.0) + value
 
-    def give_back(self, need: Mapping[str, float]) -> None:
+    def give_back(self, need: Mapping[str, float], labels: Labels = NO_LABEL) -> None:
         self.in_flight -= 1
         for key, value in need.items():
-            self._used[key] -= value
+            self._used[_key(labels)][key] -= value
+
+
+def _key(labels: Labels) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(labels.items()))

@@ -5,6 +5,7 @@ Labels of our own, because Ray's accelerator constants depend on what a driver s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,21 @@ def present_gpus() -> frozenset[str]:
     import ray
 
     return frozenset(n["Labels"][LABEL].lower() for n in ray.nodes() if n["Alive"] and LABEL in (n.get("Labels") or {}))
+
+
+def resources_of_nodes(labels: Mapping[str, str]) -> dict[str, float]:
+    """Resources of all living nodes that carry `labels`; of the whole cluster where there are none."""
+    import ray
+
+    if not labels:
+        return dict(ray.cluster_resources())
+    total: dict[str, float] = {}
+    for node in ray.nodes():
+        carried = node.get("Labels") or {}
+        if node["Alive"] and all(carried.get(k, "").lower() == v.lower() for k, v in labels.items()):
+            for key, value in node["Resources"].items():
+                total[key] = total.get(key, 0.0) + value
+    return total
 
 
 def coming_gpus(path: Path = LAUNCHER_FILE) -> frozenset[str]:

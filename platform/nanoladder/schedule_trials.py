@@ -26,6 +26,7 @@ from nanoladder.cells import Trial
 from nanoladder.failed_record import failed_record
 from nanoladder.handout import Room
 from nanoladder.listen import Listener
+from nanoladder.node_labels import resources_of_nodes
 from nanoladder.pool import Pool
 from nanoladder.stopping import PAUSED, StopRequest, StopWatch, is_paused
 from nanoladder.storage import find_record
@@ -34,6 +35,7 @@ from nanoladder.trial_spec import STOP_FILE, TrialSpec
 from nanoladder.watchdog import PlacementWatch
 
 MakeSpec = Callable[[Trial, int], TrialSpec]
+Capacity = Callable[[Mapping[str, str]], Mapping[str, float]]  # labels -> resources of all nodes that carry them
 
 
 class NothingRuns(Exception):
@@ -60,7 +62,7 @@ class Scheduler:
         make_spec: MakeSpec,
         listener: Listener,
         *,
-        capacity: Callable[[], Mapping[str, float]] | None,
+        capacity: Capacity | None,
         max_concurrent: int | None,
         placement_seconds: float,
         stop: StopWatch | None = None,
@@ -89,12 +91,13 @@ class Scheduler:
             return Searcher.FINISHED if self._pool.done else None
         spec = self._make_spec(trial, self._pool.attempts(trial.run_id))
         need = total_need(spec.resources_per_worker, spec.num_workers)
-        if not self._room.fits(need, self._capacity() if self._capacity is not None else None):
+        room = self._capacity(spec.node_labels) if self._capacity is not None else None
+        if not self._room.fits(need, room, spec.node_labels):
             self._held = trial
             return None
         self._held = None
         (Path(spec.run_dir) / STOP_FILE).unlink(missing_ok=True)  # a request that came too late for an earlier attempt
-        self._room.take(need)
+        self._room.take(need, spec.node_labels)
         self.assigned[tune_id] = Assignment(trial=trial, spec=spec, need=need)
         return {SPEC: spec.to_json()}
 
@@ -107,7 +110,7 @@ class Scheduler:
     def _take_back(self, tune_id: str) -> Assignment | None:
         assignment = self.assigned.pop(tune_id, None)
         if assignment is not None:
-            self._room.give_back(assignment.need)
+            self._room.give_back(assignment.need, assignment.spec.node_labels)
         return assignment
 
     def result(self, tune_id: str, result: Mapping[str, Any]) -> None:
@@ -168,7 +171,7 @@ class Scheduler:
             self._watch = PlacementWatch(first.need, first.spec.node_labels, f"trial {first.trial.name}", self._placement_seconds)
         running = sum(a.started for a in self.assigned.values())
         if self._watch is not None:
-            self._watch.look(running=running, pending=len(waiting), have=ray.cluster_resources, free=ray.available_resources)
+            self._watch.look(running=running, pending=len(waiting), have=resources_of_nodes, free=ray.available_resources)
         if self.stopping is not None and waiting and not running:
             raise NothingRuns
 

@@ -52,16 +52,24 @@ class PlacementWatch:
         self._since: float | None = None
 
     def look(
-        self, *, running: int, pending: int, have: Callable[[], Mapping[str, float]], free: Callable[[], Mapping[str, float]]
+        self,
+        *,
+        running: int,
+        pending: int,
+        have: Callable[[Mapping[str, str]], Mapping[str, float]],
+        free: Callable[[], Mapping[str, float]],
     ) -> None:
-        """`have`, `free`: the cluster's resources, all and unused; asked for only when the time is up."""
+        """`have`: all resources of the nodes that carry given labels, `free`: the cluster's unused ones; asked for only when the
+        time is up."""
         if running or not pending:
             self._since = None
             return
         now = time.monotonic()
         self._since = now if self._since is None else self._since
         if now - self._since > self._wait:
-            raise ConfigError(not_placed(f"{self._what} waited {self._wait:.0f} s", self._need, self._labels, have(), free()))
+            raise ConfigError(
+                not_placed(f"{self._what} waited {self._wait:.0f} s", self._need, self._labels, have(self._labels), free())
+            )
 
 
 def not_placed(

@@ -12,7 +12,7 @@ import yaml
 from nanochat_model.config import RuntimeConfig, TrainConfig
 from nanochat_model.errors import ConfigError
 from nanoladder.actor_backend import TrialActor
-from nanoladder.node_labels import NodeLabels, coming_gpus
+from nanoladder.node_labels import NodeLabels, coming_gpus, resources_of_nodes
 from nanoladder.trial_spec import TrialSpec
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_wheels_and_labels_are_the_vendors(name: str, index: str, label: str) ->
     assert "accelerator_type" not in (ROOT / name).read_text()
 
 
-def test_a_sweep_for_a_device_goes_to_nodes_of_that_label(tmp_path: Path) -> None:
+def test_a_sweep_for_a_device_goes_to_nodes_of_that_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert coming_gpus(ROOT / "cluster.yaml") == {"h100"} and coming_gpus(tmp_path / "none") == set()
     both = NodeLabels(present=frozenset({"h100", "mi300x"}))
     assert both.selector("h100") == {"gpu": "h100"} and both.selector("cpu") == both.selector("") == {}
@@ -81,6 +81,10 @@ def test_a_sweep_for_a_device_goes_to_nodes_of_that_label(tmp_path: Path) -> Non
     assert NodeLabels().selector("h100") == {}, "a cluster without labels has one kind of GPU"
     with pytest.raises(ConfigError, match="labels gpu=mi300x"):
         NodeLabels(present=frozenset({"mi300x"})).selector("h100")
+    nodes = [("H100", 8.0, True), ("h100", 4.0, True), ("h100", 8.0, False), ("mi300x", 8.0, True)]
+    listed = [{"Labels": {"gpu": label}, "Resources": {"GPU": n}, "Alive": alive} for label, n, alive in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: [*listed, {"Labels": {}, "Resources": {"CPU": 4.0}, "Alive": True}])
+    assert resources_of_nodes({"gpu": "h100"}) == {"GPU": 12.0}
     spec = TrialSpec(
         run_id="r", config=TrainConfig(), runtime=RuntimeConfig(), run_dir="r", node_labels={"gpu": "h100"},
         resources_per_worker={"CPU": 1.0, "GPU": 1.0},

@@ -26,6 +26,7 @@ from nanochat_model.record import RunRecord
 from nanoladder.actor_backend import trial_resources
 from nanoladder.cells import planned_trials
 from nanoladder.execute import SpecMaker, execute_sweep
+from nanoladder.node_labels import NodeLabels
 from nanoladder.ray_init import RaySession, ensure_ray, shutdown_ray
 from nanoladder.schedule_trials import Scheduler
 from nanoladder.sharing import check_estimate, check_probe
@@ -156,11 +157,19 @@ def test_no_more_trials_are_placed_than_the_cluster_holds_workers(tmp_path: Path
     pairs = replace(FOUR, devices_per_trial=2)
     make = SpecMaker([pairs], Workspace(tmp_path), has_gpu=False, placement_seconds=900)
     room = {"CPU": 5.0}
-    scheduler = Scheduler(Trials(pairs), make, None, capacity=lambda: room, max_concurrent=None, placement_seconds=1)  # type: ignore[arg-type]
+    scheduler = Scheduler(Trials(pairs), make, None, capacity=lambda labels: room, max_concurrent=None, placement_seconds=1)  # type: ignore[arg-type]
     assert [scheduler.suggest(str(i)) is not None for i in range(3)] == [True, True, False], "4 of 5 CPUs: a third would starve"
     room["CPU"] = 6.0
     assert scheduler.suggest("3") is not None and scheduler.suggest("4") is None, "a cluster that grows takes more"
     assert scheduler.assigned["3"].spec.placement_seconds == 900, "Ray Train waits as long for a node that is yet to start"
+    labelled = replace(FOUR, device="h100")
+    make = SpecMaker([labelled], Workspace(tmp_path), has_gpu=True, labels=NodeLabels(present=frozenset({"h100", "mi300x"})))
+    cards = {"h100": 2.0, "mi300x": 8.0}
+    two = Scheduler(
+        Trials(labelled), make, None, max_concurrent=None, placement_seconds=1,
+        capacity=lambda labels: {"CPU": 64.0, "GPU": cards[labels["gpu"]]},
+    )  # type: ignore[arg-type]  # fmt: skip
+    assert [two.suggest(str(i)) is not None for i in range(3)] == [True, True, False], "nodes of another label do not count"
     text = not_placed("it waited 9 s", {"GPU": 2.0}, {"gpu": "h100"}, {"GPU": 8.0}, {"GPU": 8.0})
     assert "2 GPU on nodes labelled gpu=h100 and was not placed" in text and "not together on one such node" in text
 
