@@ -33,8 +33,8 @@ class Room:
         watchdog to say. `capacity` (of the nodes with these `labels`) None: nodes may be added, everything fits."""
         if capacity is None or not self.in_flight:
             return True
-        used = self._used.get(_key(labels), {})
-        return all(used.get(k, 0.0) + need[k] <= capacity.get(k, 0.0) + 1e-6 for k in need)
+        of = [self._used.get(_key(labels), {})] if labels else self._used.values()  # what asks for no label may be anywhere
+        return all(sum(used.get(k, 0.0) for used in of) + need[k] <= capacity.get(k, 0.0) + 1e-6 for k in need)
 
     def take(self, need: Mapping[str, float], labels: Labels = NO_LABEL) -> None:
         self.in_flight += 1

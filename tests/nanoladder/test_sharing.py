@@ -26,6 +26,7 @@ from nanochat_model.record import RunRecord
 from nanoladder.actor_backend import trial_resources
 from nanoladder.cells import planned_trials
 from nanoladder.execute import SpecMaker, execute_sweep
+from nanoladder.handout import Room
 from nanoladder.node_labels import NodeLabels
 from nanoladder.ray_init import RaySession, ensure_ray, shutdown_ray
 from nanoladder.schedule_trials import Scheduler
@@ -170,6 +171,9 @@ def test_no_more_trials_are_placed_than_the_cluster_holds_workers(tmp_path: Path
         capacity=lambda labels: {"CPU": 64.0, "GPU": cards[labels["gpu"]]},
     )  # type: ignore[arg-type]  # fmt: skip
     assert [two.suggest(str(i)) is not None for i in range(3)] == [True, True, False], "nodes of another label do not count"
+    booked = Room()
+    booked.take({"GPU": 2.0}, {"gpu": "h100"})
+    assert not booked.fits({"GPU": 1.0}, {"GPU": 2.0}) and booked.fits({"GPU": 1.0}, {"GPU": 2.0}, {"gpu": "mi300x"})
     text = not_placed("it waited 9 s", {"GPU": 2.0}, {"gpu": "h100"}, {"GPU": 8.0}, {"GPU": 8.0})
     assert "2 GPU on nodes labelled gpu=h100 and was not placed" in text and "not together on one such node" in text
 
