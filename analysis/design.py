@@ -25,7 +25,7 @@ MISFIT_PER_DECADE = 0.002  # relative loss; surfaces fitted to public ladders mi
 DEFAULT_NOISE = 0.002  # relative seed noise when nothing was replicated
 SPAN = 4.0  # sizes reach from N*/4 to 4·N* at each budget
 OFF_CENTRE_MISFIT = 0.004  # relative loss at the ends of that span, on top of the seed noise: far from N* the surface fits worse
-MAX_SHARE = 0.5  # of the remaining FLOPs in one run…
+MAX_SHARE = 0.45  # of the remaining FLOPs in one run: two runs of half of it leave nothing for the cheap ones that go with them
 MAX_TARGET_SHARE = 0.25  # …and of the target's: a ladder that needs dearer runs predicts nothing that it has not paid for
 SIZES, BUDGETS_PER_DECADE = 13, 6
 MAX_RUNS = 40
@@ -80,7 +80,7 @@ def suggest_runs(
     `quantity`: what is wanted at `target_flops`: "ratio" (log of the optimal D/N) or "loss" (log of the loss at the optimum).
     `sizes`: the N that can be built; without them 13 geometric sizes over ±4x about N*(C) at each budget. Budgets are the
     cheapest one seen times powers of 10^(1/6), so that those of later rounds meet those of earlier ones; no run takes more
-    than half of `remaining_flops` or a quarter of `target_flops`. Two greedy orders are tried, by gain per FLOP and by gain,
+    than 45% of `remaining_flops` or a quarter of `target_flops`. Two greedy orders are tried, by gain per FLOP and by gain,
     and the better one returned. DataError when nothing affordable helps.
     """
     if not (remaining_flops > 0 and target_flops > 0):
