@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from analysis.words import plural
 from nanochat_model.identity import run_id
 from nanoladder.plan import LaunchPlan
 
@@ -92,14 +93,15 @@ def _time_rows(plan: LaunchPlan) -> list[tuple[str, str]]:
     else:
         mfu = f"{speed.mfu:.1%} of {speed.peak_flops_per_device / 1e12:.0f} TFLOP/s a device"
     price = plan.target.price_per_device_hour
-    averaged = f"averaged between nodes in {plan.all_reduce_seconds:.2f} s a step"
-    averaged += " (in the speed already)" if speed.includes_network and plan.target.num_nodes > 1 else ""
+    nodes = plan.target.num_nodes
+    averaged = f"; averaged between nodes in {plan.all_reduce_seconds:.2f} s a step" if nodes > 1 else ""
+    averaged += " (in the speed already)" if speed.includes_network and nodes > 1 else ""
     rows = [
-        ("devices", f"{plan.target.num_devices} × {plan.target.device} on {plan.target.num_nodes} node(s)"),
+        ("devices", f"{plan.target.num_devices} × {plan.target.device} on {plural(nodes, 'node')}"),
         ("speed", f"{speed.tokens_per_second:,.0f} tokens/s  ← {speed.source}"),
         ("MFU", mfu),
         ("step", f"{plan.step_seconds:.2f} s" if plan.step_seconds >= 0.1 else f"{1000 * plan.step_seconds:.1f} ms"),
-        ("gradients", f"{plan.gradient_bytes / 1e6:,.0f} MB in fp32; {averaged}"),
+        ("gradients", f"{plan.gradient_bytes / 1e6:,.0f} MB in fp32{averaged}"),
         ("time", f"{plan.hours:.2f} h"),
     ]
     if plan.dollars is not None:
