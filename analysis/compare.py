@@ -105,7 +105,8 @@ def promotion_test(
     """
     difference = _difference(baseline, candidate, noise)
     runs = (len(baseline), len(candidate))
-    seeds = f"{difference.num_pairs} paired seeds" if difference.num_pairs else f"{runs[0]} against {runs[1]} runs, no common seed"
+    pairs = difference.num_pairs
+    seeds = f"{pairs} paired seed{'s' * (pairs > 1)}" if pairs else f"{runs[0]} against {runs[1]} runs, no common seed"
     gain = difference.mean
     if not (difference.df > 0 and difference.se > 0):
         if difference.df > 0 and abs(gain - min_gain) > 0:  # identical replicates: no noise at all

@@ -22,6 +22,8 @@ from nanoladder.sweep import BASELINE, Sweep
 from nanoladder.workspace import Workspace
 
 PROMOTIONS_FILE = "promotions.json"
+MIN_POINTS = 4  # of a curve, for two of them to be compared along it
+EVALUATIONS = 12  # of a run, where none are asked for and curves are wanted
 log = logging.getLogger(__name__)
 
 
@@ -138,7 +140,7 @@ def _judge(
         compared = compare_recipes(_curves(baseline), _curves(runs), noise=noise, alpha=alpha)
         axes, summary = {k: v.as_dict() for k, v in compared.axes.items()}, compared.summary
     except DataError as e:
-        summary = f"not compared along steps, FLOPs and seconds: {e}"
+        summary = f"not compared along steps, FLOPs and seconds: {_few_points(baseline, runs) or e}"
     return Promotion(
         change=name,
         overrides=overrides,
@@ -156,6 +158,16 @@ def _judge(
         reason=_with_history(test.message, name, sweep.stage, test.verdict, before),
         **ids,
     )
+
+
+def _few_points(baseline: Mapping[int, RunRecord], runs: Mapping[int, RunRecord]) -> str:
+    """What to do where runs were evaluated too seldom to have curves; "" where they were not."""
+    shortest = min((*baseline.values(), *runs.values()), key=lambda r: len(r.curve))
+    if len(shortest.curve) >= MIN_POINTS:
+        return ""
+    every = max(1, shortest.config.num_steps // EVALUATIONS)
+    few = f"too few evaluations a run ({len(shortest.curve)}) for a curve"
+    return f'{few}; add overrides={{"eval.every_steps": {every}}} to the ladder'
 
 
 def _curves(runs: Mapping[int, RunRecord]) -> dict[int, np.ndarray]:
