@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -131,16 +132,24 @@ def accumulate_gradient(total: Tensor, g: Tensor, x: Tensor, *, square: bool = F
 
 @contextlib.contextmanager
 def weights_stay() -> Iterator[None]:
-    """Within it nothing may change a weight: packed weights are kept, and every micro-batch after the first uses them again."""
-    global _kept
-    _kept = {}
+    """Within it nothing may change a weight: packed weights are kept, and every micro-batch after the first uses them again.
+
+    It holds for this thread, in which PyTorch's backward pass of CPU tensors runs as well.
+    """
+    _THREAD.kept = {}
     try:
         yield
     finally:
-        _kept = None
+        _THREAD.kept = None
 
 
-_kept: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]] | None = None  # with the weights: a freed one's address is used again
+class _Thread(threading.local):
+    kept: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]] | None = (
+        None  # with the weights: a freed one's address is used again
+    )
+
+
+_THREAD = _Thread()
 
 
 def packed_outputs(weights: Sequence[Tensor]) -> tuple[Tensor, int]:
@@ -172,12 +181,13 @@ def packed_inputs(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _keep(way: int, weights: Sequence[Tensor], pack: Callable[[], Tensor]) -> Tensor:
-    if _kept is None:
+    kept = _THREAD.kept
+    if kept is None:
         return pack()
     key = (way, *[w.data_ptr() for w in weights])
-    if key not in _kept:
-        _kept[key] = (weights, pack())
-    return _kept[key][1]
+    if key not in kept:
+        kept[key] = (weights, pack())
+    return kept[key][1]
 
 
 def product(

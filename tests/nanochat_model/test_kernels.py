@@ -10,33 +10,16 @@ import sys
 import pytest
 import reference_model as ref
 import torch
+from closeness import DTYPES, close, leaves, needs_native, tolerance
 from torch import Tensor
 
-from nanochat_model import attention, attention_backends, fp8, gpt, loss, ops
+from nanochat_model import attention, attention_backends, fp8, loss, ops
 from nanochat_model.errors import ConfigError
 from nanochat_model.gpt import rotary_tables
-from nanochat_model.native import build, products
 from nanochat_model.native import ops as native
 from nanochat_model.native.attention import Meaning, core_attention, fused
 
 torch.set_num_threads(1)
-DTYPES = [torch.float32, torch.bfloat16]
-needs_native = pytest.mark.skipif(build.kernels() is None, reason="no C compiler here")
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    return 2e-5 if dtype == torch.float32 else 2e-2
-
-
-def close(found: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "") -> None:
-    error = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12)
-    assert error <= tolerance(dtype), f"{what}: relative error {error:.2e}"
-
-
-def leaves(*tensors: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """The same values as fast leaves in `dtype` and as float64 leaves."""
-    fast = [t.to(dtype).requires_grad_() for t in tensors]
-    return fast, [t.detach().double().requires_grad_() for t in fast]
 
 
 def normalized(*shape: int, generator: torch.Generator) -> Tensor:
@@ -309,119 +292,3 @@ def test_fp8_is_refused_on_a_cpu_and_small_layers_stay_out():
     with pytest.raises(ConfigError, match="fp8 needs"):
         fp8.fp8_linear(torch.zeros(4, 128), torch.zeros(128, 128), "tensorwise")
     assert fp8.eligible(768, 3072) and not fp8.eligible(64, 256) and not fp8.eligible(136, 136)
-
-
-PRODUCT_CASES = [  # tokens, outputs of the stacked weights, inputs
-    (2048, (64,), 64),
-    (37, (8, 16, 24), 40),  # no multiple of a tile or a strip anywhere
-    (1031, (136,), 72),
-    (9, (48,), 200),
-    (5, (16,), 16),  # too few tokens for C
-    (300, (20, 20), 6),  # sizes that C does not take
-]
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens, outputs, inputs", PRODUCT_CASES)
-def test_products_of_linear_layers(dtype, tokens, outputs, inputs):
-    torch.manual_seed(0)
-    weights = [torch.randn(n, inputs) for n in outputs]
-    joint = torch.cat(weights).to(dtype).double()
-    x = torch.randn(tokens, inputs + 6).to(dtype)[:, :inputs]  # rows that lie apart, as views of wider ones do
-    g, hidden = torch.randn(tokens, len(joint)).to(dtype), torch.randn(tokens, inputs).to(dtype)
-    close(products.linear(x, weights), x.double() @ joint.T, dtype, "linear")
-    close(products.linear(x, weights, plus=g), x.double() @ joint.T + g.double(), dtype, "linear with a term added")
-    close(products.linear_backward(g, weights), g.double() @ joint, dtype, "its input's gradient")
-    found, active = products.hidden_and_square(x, weights[0])
-    expected = (x.double() @ joint.T)[:, : outputs[0]]
-    close(found, expected, dtype, "hidden")
-    close(active, expected.relu().square(), dtype, "relu²")
-    close(
-        products.hidden_backward(g, torch.cat(weights), hidden),
-        2 * hidden.double().relu() * (g.double() @ joint),
-        dtype,
-        "relu² back",
-    )
-    for square in (False, True):
-        total = torch.ones(len(joint), inputs)
-        products.accumulate_gradient(total, g, x, square=square)
-        close(total - 1, g.double().T @ (x.double().relu().square() if square else x.double()), dtype, f"gradient, square {square}")
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_gradients_of_weights_that_read_the_same_input(dtype, order):
-    """In one piece where they lie one after the other, and apart otherwise: the same sums."""
-    torch.manual_seed(0)
-    x, g, held = torch.randn(40, 24).to(dtype), torch.randn(40, 48).to(dtype), torch.ones(3, 16, 24)
-    weights = [torch.nn.Parameter(torch.randn(16, 24)) for _ in order]
-    for w, at in zip(weights, order, strict=True):
-        w.grad = held[at]
-    assert (products._one_matrix([w.grad for w in weights]) is not None) == (order == (0, 1, 2))
-    assert products.add_gradients(weights, g, x) == [None] * 3
-    close(torch.cat([w.grad for w in weights]) - 1, g.double().T @ x.double(), dtype)
-
-
-@pytest.mark.skipif(not hasattr(build.kernels(), "product_rows"), reason="no AVX512-BF16 here")
-def test_packed_weights_are_kept_only_while_they_stay():
-    torch.manual_seed(0)
-    weight, x, g = torch.randn(16, 8), torch.randn(8, 8).bfloat16(), torch.randn(8, 16).bfloat16()
-    with products.weights_stay():
-        first = products.linear(x, [weight]), products.linear_backward(g, [weight])
-        again = products.linear(x, [weight]), products.linear_backward(g, [weight])
-    assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
-    weight.data.neg_()  # unseen by torch's version counter, as the optimizer's own kernels are
-    with products.weights_stay():
-        assert torch.equal(products.linear(x, [weight]), -first[0])
-    weight.data.neg_()
-    assert torch.equal(products.linear_backward(g, [weight]), first[1])
-
-
-@pytest.mark.skipif(not hasattr(build.kernels(), "product_rows"), reason="no AVX512-BF16 here")
-def test_products_in_c_do_not_depend_on_threads():
-    torch.manual_seed(0)
-    x, g, weight = torch.randn(700, 64).bfloat16(), torch.randn(700, 96).bfloat16(), torch.randn(96, 64)
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        total = torch.zeros(96, 64)
-        products.accumulate_gradient(total, g, x)
-        results.append((products.linear(x, [weight]), products.linear_backward(g, [weight]), total))
-    torch.set_num_threads(1)
-    assert all(torch.equal(p, q) for other in results[1:] for p, q in zip(results[0], other, strict=True))
-
-
-def plain_layers(monkeypatch):
-    """The same modules without a C kernel: the slow reference of the fused sublayers."""
-    for module in (native, gpt.native):
-        monkeypatch.setattr(module, "usable", lambda *tensors: False)
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("attached", [True, False])  # whether weights have gradients already, which backward then adds to
-def test_sublayers_equal_plain_modules(dtype, attached, monkeypatch):
-    config = gpt.GPTConfig(depth=3, model_dim=64, num_heads=4, num_kv_heads=2, sequence_len=64, vocab_size=256)
-    model = gpt.GPT(config, compute_dtype=dtype).init_weights(0)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    ids, targets = torch.randint(0, 256, (2, 2, 64))
-
-    def gradients():
-        for p in model.parameters():
-            p.grad = torch.ones_like(p) if attached else None
-        loss = model.loss(ids, targets)
-        loss.backward()
-        return loss.item(), {n: p.grad - int(attached) for n, p in model.named_parameters()}
-
-    loss, found = gradients()
-    plain_layers(monkeypatch)
-    expected_loss, expected = gradients()
-    assert loss == pytest.approx(expected_loss, rel=tolerance(dtype))
-    for name, g in expected.items():
-        error, rounding = (found[name] - g).norm(), 2e-7 * g.numel() ** 0.5  # of adding to a gradient of 1
-        assert error < (2e-5 if dtype == torch.float32 else 6e-2) * g.norm() + rounding, (name, error / g.norm())
