@@ -167,7 +167,7 @@ def _few_points(baseline: Mapping[int, RunRecord], runs: Mapping[int, RunRecord]
         return ""
     every = max(1, shortest.config.num_steps // EVALUATIONS)
     few = f"too few evaluations a run ({len(shortest.curve)}) for a curve"
-    return f'{few}; add overrides={{"eval.every_steps": {every}}} to the ladder'
+    return f'{few}; add overrides={{"eval.every_steps": {every}}} to the ladder (runs that are recorded stay as they are)'
 
 
 def _curves(runs: Mapping[int, RunRecord]) -> dict[int, np.ndarray]:
