@@ -17,7 +17,7 @@ from nanochat_model.identity import run_id
 from nanochat_model.overrides import parse_overrides
 from nanochat_model.record import RunRecord
 from nanoladder.cli import COMMANDS, run
-from nanoladder.cli.common import human
+from nanoladder.cli.common import human, together
 
 
 def call(*args: str, **kwargs) -> subprocess.CompletedProcess[str]:
@@ -190,6 +190,17 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys) -> None:
     monkeypatch.setattr(count.Count, "run", interrupt)
     assert run(["count", "--depth", "4"]) == 130
     assert capsys.readouterr().err == "\nnanoladder count: interrupted; run it again to go on\n"
+
+
+def test_an_option_of_several_values_may_be_given_several_times(capsys) -> None:
+    assert together(["--set", "a=1", "--yes", "--set=b=2", "--set", "c=3", "d=4", "--until", "x"]) == [
+        "--set", "a=1", "b=2", "c=3", "d=4", "--yes", "--until", "x",
+    ]  # fmt: skip
+    assert together(["file", "--json"]) == ["file", "--json"]
+    rates = ["--set", "optimizer.matrix_lr=0.03", "--json", "--set", "optimizer.scalar_lr=0.2"]
+    assert run(["plan", "--depth", "12", *rates]) == 0
+    made = json.loads(capsys.readouterr().out)["config"]["optimizer"]
+    assert (made["matrix_lr"], made["scalar_lr"]) == (0.03, 0.2)
 
 
 def test_a_package_of_an_extra_that_is_not_installed_is_named(monkeypatch, capsys) -> None:

@@ -135,8 +135,10 @@ def _run(name: str, command: Command, rest: list[str]) -> int:
     import tyro
 
     config: tuple = (tyro.conf.OmitArgPrefixes,)
-    if name != "train":  # its flags default to true: they need their --no- form
-        config = (*config, tyro.conf.FlagCreatePairsOff)
+    if name != "train":  # its flags default to true: they need their --no- form; and its --set takes one value each time
+        from nanoladder.cli.common import together
+
+        config, rest = (*config, tyro.conf.FlagCreatePairsOff), together(rest)
     parsed = tyro.cli(args, prog=f"nanoladder {name}", args=rest, config=config)
     storage = str(getattr(parsed, "storage", ""))
     if "://" not in storage or not getattr(args, "mirrored", True):

@@ -24,6 +24,30 @@ Overrides = Annotated[
     ),
 ]
 
+# Options of several values, all commands' together.
+OF_SEVERAL = (
+    "--set", "--tasks", "--conversations", "--held-out", "--accept-law", "--without-law", "--comparable", "--allowed-host",
+)  # fmt: skip
+
+
+def together(args: Sequence[str]) -> list[str]:
+    """`--set a=1 --yes --set b=2` as `--set a=1 b=2 --yes`: given twice, an option of several values would keep the last alone."""
+    out: list[str] = []
+    values: dict[str, list[str]] = {}  # by option, in their order
+    current = out
+    for arg in args:
+        if arg.startswith("-"):
+            name, sign, value = arg.partition("=")
+            if name in OF_SEVERAL:
+                if name not in values:
+                    out.append(name)
+                current = values.setdefault(name, [])
+                current += [value] if sign else []
+                continue
+            current = out
+        current.append(arg)
+    return [part for arg in out for part in (arg, *values.get(arg, ()))]
+
 
 def to_plain(value: Any) -> Any:
     """Dataclasses, tuples and non-finite numbers as what JSON can hold."""
