@@ -47,6 +47,9 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
+# Of a cluster of our own: no node of it is ever taken away, so no process of each run needs to watch for that.
+LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RaySession:
@@ -124,6 +127,8 @@ def _start_local(num_cpus: int | None, num_gpus: int | None, temp_dir: str | Pat
     folder = check_temp_dir(Path(temp_dir) if temp_dir else default_temp_dir())
     remove_stale_sessions(folder)
     secure_token_file()
+    for name, value in LOCAL_SETTINGS.items():
+        os.environ.setdefault(name, value)
     paths = code_paths()
     if paths:  # local workers inherit this process's environment
         os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -36,7 +36,15 @@ from nanoladder.listen import Listener, SweepProgress
 from nanoladder.own_devices import HIDES
 from nanoladder.promote import read_promotions
 from nanoladder.ray_executor import RayExecutor
-from nanoladder.ray_init import SETTINGS, check_temp_dir, ensure_ray, remove_stale_sessions, secure_token_file, shutdown_ray
+from nanoladder.ray_init import (
+    LOCAL_SETTINGS,
+    SETTINGS,
+    check_temp_dir,
+    ensure_ray,
+    remove_stale_sessions,
+    secure_token_file,
+    shutdown_ray,
+)
 from nanoladder.schedule_trials import PoolSearcher
 from nanoladder.sft_sweep import SFTSweep
 from nanoladder.space import Grid
@@ -232,7 +240,7 @@ def test_a_ladder_promotes_what_wins_and_records_why(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_one_that_this_ray_reads() -> None:
-    names = {*SETTINGS, *HIDES, START_TIMEOUT_ENV}
+    names = {*SETTINGS, *LOCAL_SETTINGS, *HIDES, START_TIMEOUT_ENV}
     folders = [Path(ray.__file__).parent / name for name in ("_private", "_common", "air", "train", "tune")]
     texts = [p.read_text(encoding="utf8") for folder in folders for p in folder.rglob("*.py")]
     unknown = {name for name in names if not any(f'"{name}"' in text for text in texts)}
