@@ -154,7 +154,7 @@ def _card(config: TrainConfig, target: Target) -> dict[str, Any]:
         nearest = max(1, round(config.rows_per_batch / target.num_devices)) * target.num_devices * model.sequence_len
         raise ConfigError(
             f"a batch of {config.rows_per_batch} rows does not divide over {target.num_devices} devices; "
-            f"nearest batch_tokens: {nearest}"
+            f"nearest batch_tokens: {nearest} (--set batch_tokens={nearest})"
         )
     shared: dict[str, Any] = {"compute_dtype": config.compute_dtype, "num_devices": target.num_devices}
     micro = choose_micro_batch_rows(model, rows_per_device=rows, memory_bytes=capacity, **shared)

@@ -248,7 +248,10 @@ class Launch(Plan):
     A law with a bad status stops it, unless the law is named with --accept-law or --without-law; a loss prediction whose verdict
     is refuse stops it, unless --accept-law prediction.
 
-    Example: nanoladder launch --depth 4 --laws demo/laws.json --storage demo --device cpu --num-devices 2 --yes
+    Example: nanoladder launch --depth 24 --device h100 --num-devices 8 --price 3 --storage runs
+
+    After the demo: nanoladder launch --depth 2 --head-dim 32 --sequence-len 256 --window-pattern L --num-tokens 1e6 --device cpu
+    --storage demo --laws demo/laws.json --without-law weight_decay
     """
 
     storage: Storage = "runs"
