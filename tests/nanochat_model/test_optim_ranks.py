@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -58,7 +60,9 @@ def test_three_ranks_equal_one_and_resume_each_other(tmp_path):
     saved = {"weights": model.state_dict(), "optimizer": optimizer.consolidated_state()}
     torch.save(saved, tmp_path / "one.pt")
     train(model, optimizer, range(2, 4))
-    mp.spawn(run_rank, args=(free_port(), str(tmp_path), str(tmp_path / "one.pt")), nprocs=WORLD)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch.distributed"])  # imported once for all ranks
+    arguments = (free_port(), str(tmp_path), str(tmp_path / "one.pt"))
+    mp.start_processes(run_rank, args=arguments, nprocs=WORLD, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(WORLD)]
 
     expected = model.state_dict()

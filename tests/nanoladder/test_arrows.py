@@ -5,7 +5,6 @@ from __future__ import annotations
 import pkgutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -75,8 +74,3 @@ def test_sweep_files_import_without_effect() -> None:
     code += "\n".join(f"assert 'SWEEP' in runpy.run_path({str(f)!r}, run_name='imported')" for f in files)
     code += "\nassert set(os.listdir('.')) == before"
     assert not modules_after(code) & {"ray", "mlflow", "torch"}
-
-
-def test_every_folder_of_tests_is_run_and_named_once() -> None:
-    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"]
-    assert sorted(named) == sorted({f.parent.relative_to(ROOT).as_posix() for f in (ROOT / "tests").rglob("test_*.py")})
