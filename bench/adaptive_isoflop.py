@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -123,12 +123,12 @@ def fit(frame: pd.DataFrame, quantity: Quantity, start: np.ndarray) -> Fit:
     first = np.array([start[0], start[1] - start[3] * n0, start[2] - start[4] * d0, start[3], start[4]])
     bounds = ([-30, -30, -30, 0.02, 0.02], [5, 10, 10, 2.0, 2.0])
     found = least_squares(residual, first, jac=derivative, bounds=bounds, x_scale=[0.1, 0.3, 0.3, 0.1, 0.1])
-    df = n.size - 5
+    jac, df = np.asarray(found.jac), n.size - 5
     gradient = target_gradient(found.x, quantity, to_raw)
     value = target_value(to_raw(found.x), quantity)
-    covariance = np.linalg.pinv(found.jac.T @ found.jac) * 2 * found.cost / df
+    covariance = np.linalg.pinv(jac.T @ jac) * 2 * found.cost / df
     half = float(student.ppf((1 + LEVEL) / 2, df) * math.sqrt(max(gradient @ covariance @ gradient, 0.0)))
-    move, wide = shared_interval(found.jac, -found.fun, gradient, budget_of(frame["C"].to_numpy()))
+    move, wide = shared_interval(jac, -found.fun, gradient, budget_of(frame["C"].to_numpy()))
     return Fit(to_raw(found.x), {"plain": Interval(value, half), "shared": Interval(value + move, wide)})
 
 
@@ -254,12 +254,12 @@ def least_flops(truth: Truth, quantity: Quantity, half: float) -> float:
     scale, root = np.abs(rows).max(axis=0), np.sqrt(cells[:, 2] / FLOOR)
     table = (rows / scale / root[:, None]).T
     found = linprog(np.ones(2 * len(cells)), A_eq=np.hstack([table, -table]), b_eq=gradient / scale, bounds=(0, None))
-    assert found.success, found.message
+    assert found.success and found.fun is not None, found.message
     sd = half / float(norm.ppf((1 + LEVEL) / 2))
-    return float(FLOOR * (truth.noise * found.fun / sd) ** 2)
+    return float(FLOOR * (truth.noise * float(found.fun) / sd) ** 2)
 
 
-def compare(name: str, quantity: Quantity, misfit: float, ladders: int) -> list[dict[str, object]]:
+def compare(name: str, quantity: Quantity, misfit: float, ladders: int) -> list[dict[str, Any]]:
     """A row for each kind of interval, from the same ladders."""
     e, a, b, alpha, beta = SURFACES[name]
     truth = Truth(np.array([math.log(e), math.log(a), math.log(b), alpha, beta]), NOISE, misfit)
@@ -268,7 +268,7 @@ def compare(name: str, quantity: Quantity, misfit: float, ladders: int) -> list[
     for seed in range(ladders):
         paths["fixed"].append(fixed_path(truth, seed, quantity, truth.theta))
         paths["adaptive"].append(adaptive_path(truth, seed, quantity, truth.theta))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in KINDS:
         half = float(np.median([p[int(np.argmin(np.abs(REACHES - DECADES)))][1].intervals[kind].half for p in paths["fixed"]]))
         need = {k: float(np.median([flops_to_reach(p, kind, half) for p in v])) for k, v in paths.items()}
@@ -300,14 +300,14 @@ def show(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ladders", type=int, default=40)
-    parser.add_argument("--quantity", choices=("ratio", "loss"), help="of one only (default: both)")
+    parser.add_argument("--quantity", choices=get_args(Quantity), help="of one only (default: both)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     print("| surface | of | shared error | interval | half width | fixed | adaptive | share | bound | cover fixed | adaptive |")
     print("|---" * 11 + "|")
     for name in SURFACES:
-        for quantity in [args.quantity] if args.quantity else ["ratio", "loss"]:
+        for quantity in get_args(Quantity) if args.quantity is None else (args.quantity,):
             for misfit in (0.0, 0.002):
                 rows += compare(name, quantity, misfit, args.ladders)
                 print("\n".join(map(show, rows[-len(KINDS) :])), flush=True)
