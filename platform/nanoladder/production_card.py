@@ -39,7 +39,8 @@ def production_card(config: ProductionConfig, facts: Mapping[str, Facts]) -> str
             f"{t['centered']:.3f} ± {t['standard_error']:.3f} |"
             for t in chat["tasks"]
         ]
-    lines += ["", f"> {chat['prompt']}", "", f"{chat['reply'] or '(nothing)'}", "", "Talk to it:", ""]
+    reply = [f"    {line}" for line in (chat["reply"] or "(nothing)").splitlines()]  # as it is: "#### 55" is no heading here
+    lines += ["", f"> {chat['prompt']}", "", *reply, "", "Talk to it:", ""]
     lines += [f"    {command}" for command in talk_commands(Path(facts["sft"]["folder"]))]
     return "\n".join(lines) + "\n"
 

@@ -266,7 +266,7 @@ class ChatStages:
         text = reply(Path(folder), c.prompt, 60)
         name = "ChatCORE" if found["chatcore"] is not None else "score"
         score = f"{name} {found['score']:.4f}, " if found["score"] is not None else ""
-        summary = f"{score}{c.prompt!r} → {text[:60]!r}"
+        summary = f"{score}{c.prompt!r} → {' '.join(text.split())[:60]!r}"
         return {**found, "prompt": c.prompt, "reply": text, "hash": content_hash([found["tasks"], text]), "summary": summary}
 
     def report(self, facts: Mapping[str, Facts], progress: Progress) -> Facts:
