@@ -50,7 +50,13 @@ class Assignment:
     spec: TrialSpec
     need: Mapping[str, float]
     given_at: float = field(default_factory=time.time)
-    started: bool = False
+    started: bool = False  # its process runs
+    heard: bool = False  # something was reported from there
+
+    @property
+    def trains(self) -> bool:
+        """Not merely waits: a process that drives Ray Train is there before its workers have found a place."""
+        return self.started and (self.heard or self.spec.backend == "actor")
 
 
 class Scheduler:
@@ -118,6 +124,7 @@ class Scheduler:
         if assignment is None:
             return
         for event in result.get("events", ()):
+            assignment.heard = True
             self._listener.on_event(assignment.trial, event)
 
     def complete(self, tune_id: str, result: Mapping[str, Any]) -> None:
@@ -169,10 +176,10 @@ class Scheduler:
         if waiting and self._watch is None:
             first = waiting[0]
             self._watch = PlacementWatch(first.need, first.spec.node_labels, f"trial {first.trial.name}", self._placement_seconds)
-        running = sum(a.started for a in self.assigned.values())
         if self._watch is not None:
+            running = sum(a.started for a in self.assigned.values())
             self._watch.look(running=running, pending=len(waiting), have=resources_of_nodes, free=ray.available_resources)
-        if self.stopping is not None and waiting and not running:
+        if self.stopping is not None and self.assigned and not any(a.trains for a in self.assigned.values()):
             raise NothingRuns
 
     def _heed_stop(self) -> None:

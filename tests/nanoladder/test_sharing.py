@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +28,13 @@ from nanoladder.actor_backend import trial_resources
 from nanoladder.cells import planned_trials
 from nanoladder.execute import SpecMaker, execute_sweep
 from nanoladder.handout import Room
+from nanoladder.listen import Listener
 from nanoladder.node_labels import NodeLabels
 from nanoladder.ray_init import RaySession, ensure_ray, shutdown_ray
-from nanoladder.schedule_trials import Scheduler
+from nanoladder.schedule_trials import NothingRuns, Scheduler
 from nanoladder.sharing import check_estimate, check_probe
 from nanoladder.space import Grid
+from nanoladder.stopping import StopWatch, request_stop
 from nanoladder.storage import Remote, mirrored
 from nanoladder.sweep import Cell, Sweep
 from nanoladder.sync import sync
@@ -176,6 +179,21 @@ def test_no_more_trials_are_placed_than_the_cluster_holds_workers(tmp_path: Path
     assert not booked.fits({"GPU": 1.0}, {"GPU": 2.0}) and booked.fits({"GPU": 1.0}, {"GPU": 2.0}, {"gpu": "mi300x"})
     text = not_placed("it waited 9 s", {"GPU": 2.0}, {"gpu": "h100"}, {"GPU": 8.0}, {"GPU": 8.0})
     assert "2 GPU on nodes labelled gpu=h100 and was not placed" in text and "not together on one such node" in text
+
+
+def test_an_end_is_not_put_off_by_what_waits_for_workers(tmp_path: Path) -> None:
+    pairs = replace(FOUR, devices_per_trial=2)
+    make = SpecMaker([pairs], Workspace(tmp_path), has_gpu=False)
+    for events, waits in (([], True), ([{"event": "start", "step": 0, "num_steps": 10}], False)):
+        given: dict[str, Any] = {"capacity": None, "max_concurrent": None, "placement_seconds": 1, "stop": StopWatch([tmp_path])}
+        scheduler = Scheduler(Trials(pairs), make, Listener(), **given)  # type: ignore[arg-type]
+        assert scheduler.suggest("0") is not None
+        scheduler.started("0")
+        scheduler.result("0", {"events": events})
+        request_stop(tmp_path)
+        with pytest.raises(NothingRuns) if waits else nullcontext():
+            scheduler.tick()
+        assert scheduler.stopping is not None
 
 
 def test_train_workers_that_find_no_place_are_named_with_what_there_is(tmp_path: Path, here: Here) -> None:
