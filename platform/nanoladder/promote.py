@@ -22,7 +22,8 @@ from nanoladder.sweep import BASELINE, Sweep
 from nanoladder.workspace import Workspace
 
 PROMOTIONS_FILE = "promotions.json"
-MIN_POINTS = 4  # of a curve, for two of them to be compared along it
+NOT_COMPARED = "not compared along steps, FLOPs and seconds"
+MIN_POINTS = 2  # of a curve
 EVALUATIONS = 12  # of a run, where none are asked for and curves are wanted
 log = logging.getLogger(__name__)
 
@@ -120,8 +121,7 @@ def _judge(
     noise: Any,
     before: Sequence[Promotion],
 ) -> Promotion:
-    from analysis.compare import compare_recipes, promotion_test
-    from analysis.errors import DataError
+    from analysis.compare import promotion_test
 
     overrides = {k: str(v) if isinstance(v, Times) else v for k, v in sweep.variants[name].items()}
     ids: dict[str, Any] = {
@@ -135,12 +135,7 @@ def _judge(
         )
     losses = [{n: float(r.val_bpb) for n, r in side.items() if r.val_bpb is not None} for side in (baseline, runs)]
     test = promotion_test(losses[0], losses[1], noise=noise, alpha=alpha, min_gain=min_gain, num_candidates=num_candidates)
-    axes: dict[str, dict[str, Any]] = {}
-    try:
-        compared = compare_recipes(_curves(baseline), _curves(runs), noise=noise, alpha=alpha)
-        axes, summary = {k: v.as_dict() for k, v in compared.axes.items()}, compared.summary
-    except DataError as e:
-        summary = f"not compared along steps, FLOPs and seconds: {_few_points(baseline, runs) or e}"
+    axes, summary = _along_axes(baseline, runs, noise, alpha)
     return Promotion(
         change=name,
         overrides=overrides,
@@ -160,14 +155,24 @@ def _judge(
     )
 
 
-def _few_points(baseline: Mapping[int, RunRecord], runs: Mapping[int, RunRecord]) -> str:
-    """What to do where runs were evaluated too seldom to have curves; "" where they were not."""
-    shortest = min((*baseline.values(), *runs.values()), key=lambda r: len(r.curve))
-    if len(shortest.curve) >= MIN_POINTS:
-        return ""
-    every = max(1, shortest.config.num_steps // EVALUATIONS)
-    few = f"too few evaluations a run ({len(shortest.curve)}) for a curve"
-    return f'{few}; add overrides={{"eval.every_steps": {every}}} to the ladder (runs that are recorded stay as they are)'
+def _along_axes(
+    baseline: Mapping[int, RunRecord], runs: Mapping[int, RunRecord], noise: Any, alpha: float
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Gains along steps, FLOPs and seconds, and in words what was gained on which. Of the runs that have a curve: where none has,
+    what to do."""
+    from analysis.compare import compare_recipes
+    from analysis.errors import DataError
+
+    ours, theirs = ({n: r for n, r in side.items() if len(r.curve) >= MIN_POINTS} for side in (baseline, runs))
+    if not ours or not theirs:
+        every = max(1, next(iter(runs.values())).config.num_steps // EVALUATIONS)
+        advice = f'add overrides={{"eval.every_steps": {every}}} to the ladder (runs that are recorded stay as they are)'
+        return {}, f"{NOT_COMPARED}: too few evaluations a run for a curve; {advice}"
+    try:
+        compared = compare_recipes(_curves(ours), _curves(theirs), noise=noise, alpha=alpha)
+    except DataError as e:
+        return {}, f"{NOT_COMPARED}: {e}"
+    return {k: v.as_dict() for k, v in compared.axes.items()}, compared.summary
 
 
 def _curves(runs: Mapping[int, RunRecord]) -> dict[int, np.ndarray]:

@@ -64,9 +64,10 @@ def test_only_finalists_get_all_seeds_and_nothing_is_adopted_on_one(tmp_path: Pa
     needed = open_question.runs_to_decide
     assert open_question.verdict == "undecided" and needed is not None and needed > 3
     assert f"{needed} paired seeds would decide" in open_question.reason and open_question.as_dict()["runs_to_decide"] == needed
-    ends = {name: {n: replace(r, curve=r.curve[-1:]) for n, r in seeds.items()} for name, seeds in runs.items()}
-    (at_the_end,) = judge_stage(final, ends)
-    assert at_the_end.axes == {} and 'add overrides={"eval.every_steps": 1}' in at_the_end.summary
+    for last in (3, 1):  # of three pairs none has a curve, and then two have
+        ends = {name: {n: replace(r, curve=r.curve[-1:]) if n < last else r for n, r in s.items()} for name, s in runs.items()}
+        (at_the_end,) = judge_stage(final, ends)
+        assert (at_the_end.axes == {}) == ('add overrides={"eval.every_steps": 1}' in at_the_end.summary) == (last == 3)
     rest = judge_screened(sweep, final, run(screening(sweep)), runs)
     assert {p.change for p in rest} == {"eight", "two"} and all(p.verdict != "adopt" and "first seed" in p.reason for p in rest)
 
