@@ -122,7 +122,7 @@ def accumulate_gradient(total: Tensor, g: Tensor, x: Tensor, *, square: bool = F
     """total (out, in) float32 += gᵀ x (with `square` gᵀ relu(x)²); g (M, out), x (M, in)."""
     if in_c(g, (total,)) and in_c(x, ()):
         num_out, num_in = total.shape
-        scratch = _words(_gradient_scratch(num_out, num_in))
+        scratch = _words(_gradient_scratch(num_out, num_in, torch.get_num_threads()))
         at = (g.data_ptr(), x.data_ptr())
         call("weight_gradient", total, *at, scratch, g.stride(0), x.stride(0), g.shape[0], num_out, num_in, int(square))
         return
@@ -219,8 +219,8 @@ def _packed_words(K: int, N: int) -> int:
 
 
 @functools.cache
-def _gradient_scratch(num_out: int, num_in: int) -> int:
-    return _count("gradient_scratch", num_out, num_in)
+def _gradient_scratch(num_out: int, num_in: int, threads: int) -> int:
+    return _count("gradient_scratch", num_out, num_in, threads)
 
 
 def _count(name: str, *sizes: int) -> int:

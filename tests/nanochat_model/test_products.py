@@ -81,13 +81,15 @@ def test_packed_weights_are_kept_only_while_they_stay():
 
 
 @pytest.mark.skipif(not hasattr(build.kernels(), "product_rows"), reason="no AVX512-BF16 here")
-def test_products_in_c_do_not_depend_on_threads():
+@pytest.mark.parametrize("outputs, inputs", [(96, 64), (8, 264), (264, 8), (200, 136)])
+def test_products_in_c_do_not_depend_on_threads(outputs, inputs):
+    """Threads divide a gradient into blocks, some of which may be empty."""
     torch.manual_seed(0)
-    x, g, weight = torch.randn(700, 64).bfloat16(), torch.randn(700, 96).bfloat16(), torch.randn(96, 64)
+    x, g, weight = torch.randn(700, inputs).bfloat16(), torch.randn(700, outputs).bfloat16(), torch.randn(outputs, inputs)
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 4, 6):
         torch.set_num_threads(threads)
-        total = torch.zeros(96, 64)
+        total = torch.zeros(outputs, inputs)
         products.accumulate_gradient(total, g, x)
         results.append((products.linear(x, [weight]), products.linear_backward(g, [weight]), total))
     torch.set_num_threads(1)
