@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PARTS = ("kernels", "embed", "vectors", "rotary", "attention", "products", "cross_entropy", "muon", "norms")
+PARTS = ("kernels", "embed", "gates", "vectors", "rotary", "attention", "products", "cross_entropy", "muon", "norms")
 SOURCES = ("kernels.c", *(f"{part}.inc" for part in PARTS))
 FLAGS = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 MACHINE_FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles

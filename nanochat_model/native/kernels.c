@@ -65,6 +65,7 @@ static inline uint16_t float_to_bf16(float v) { /* to nearest, ties to even */
 #define NAME(n) n##_bf16
 #include "kernels.inc"
 #include "embed.inc"
+#include "gates.inc"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include "vectors.inc"

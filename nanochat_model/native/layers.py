@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from nanochat_model.native.attention import Meaning, attend, attend_backward
-from nanochat_model.native.ops import EPS, call
-from nanochat_model.native.products import add_gradient, add_gradients, hidden_and_square, hidden_backward, linear, linear_backward
+from nanochat_model.native.ops import EPS, PIECE, call
+from nanochat_model.native.products import (
+    add_gradient,
+    add_gradients,
+    held_gradient,
+    hidden_and_square,
+    hidden_backward,
+    linear,
+    linear_backward,
+)
 
 
 class Look(torch.autograd.Function):
@@ -22,7 +30,9 @@ class Look(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, idx: Tensor) -> Tensor:
         ctx.table, ctx.idx = table, idx.contiguous()
-        return table.index_select(0, ctx.idx.view(-1)).view(*idx.shape, table.shape[1])
+        out = torch.empty((*idx.shape, table.shape[1]), dtype=torch.float32)
+        call("look_rows_f32", table, ctx.idx, out, idx.numel(), table.shape[1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -108,14 +118,15 @@ class AttentionLayer(torch.autograd.Function):
         meaning: Meaning,
     ) -> Tensor:
         B, T, C = x.shape
-        flat = x.reshape(-1, C)
+        flat = x.reshape(-1, C).contiguous()
         qkv = linear(flat, (c_q, c_k, c_v))
         ctx.split = (len(c_q), len(c_k), len(c_v))
         q, k, v = _heads(qkv, ctx.split, B, T, head_dim)
         small = gate = None
         if ve_gate is not None and ve is not None:
             small = ve_gate.to(x.dtype)
-            gate = flat[:, : small.shape[1]] @ small.T
+            gate = torch.empty((B * T, small.shape[0]), dtype=x.dtype)
+            call("gate_logits", flat.data_ptr(), small, gate, B * T, flat.stride(0), *small.shape)
             ve = ve.contiguous()
         inputs = (q, k, v, cos.contiguous(), sin.contiguous(), ve, gate)
         out, sums = attend(*inputs, meaning)
@@ -140,8 +151,10 @@ class AttentionLayer(torch.autograd.Function):
         g_weights = add_gradients(c_qkv, g_qkv, flat)
         g_gate = None
         if small is not None and ggate is not None:
-            gx[:, : small.shape[1]] += ggate @ small
-            g_gate = add_gradient(ve_gate, ggate, flat[:, : small.shape[1]])
+            total, g_gate = held_gradient(ve_gate)
+            parts = torch.empty((-(-B * T // PIECE), *small.shape))
+            strides = (flat.stride(0), gx.stride(0))
+            call("gate_logits_backward", ggate, flat.data_ptr(), small, gx, total, parts, B * T, *strides, *small.shape)
         return gx.view_as(g), *g_weights, g_proj, g_gate, gve, None, None, None, None
 
 

@@ -84,12 +84,19 @@ def relu_square(x: Tensor) -> Tensor:
 
 def add_gradient(weight: Tensor, g: Tensor, x: Tensor, *, square: bool = False) -> Tensor | None:
     """Add gᵀ x (with `square` gᵀ relu(x)²) to weight.grad where there is one; otherwise return it, for autograd."""
-    total = weight.grad
-    made = None
-    if total is None or not total.is_contiguous() or total.dtype != torch.float32:
-        total = made = torch.zeros(weight.shape, dtype=torch.float32)
+    total, made = held_gradient(weight)
     accumulate_gradient(total, g, x, square=square)
-    return made if made is None else made.to(weight.dtype)
+    return made
+
+
+def held_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the gradient of a float32 weight is added to, and what autograd is then handed: weight.grad and None, or twice the same
+    zeros where there is none."""
+    total = weight.grad
+    if total is not None and total.is_contiguous() and total.dtype == torch.float32:
+        return total, None
+    made = torch.zeros(weight.shape, dtype=torch.float32)
+    return made, made
 
 
 def add_gradients(weights: Sequence[Tensor], g: Tensor, x: Tensor) -> list[Tensor | None]:
