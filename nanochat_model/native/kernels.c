@@ -1,4 +1,5 @@
-/* CPU kernels: the element-wise parts of the model, each fused into one pass. Matrix products stay with PyTorch.
+/* CPU kernels: the element-wise parts of the model, each fused into one pass; on CPUs that multiply bfloat16 pairs (AVX512-BF16) the
+   products as well, which elsewhere stay with PyTorch.
 
    Plain C with OpenMP, compiled once for this machine by native/build.py and called through ctypes. The same functions exist
    for float32 and bfloat16 (kernels.inc is included twice); arithmetic is float32 throughout. Reductions over all rows are

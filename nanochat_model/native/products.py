@@ -26,17 +26,12 @@ PLAIN, RELU_SQUARE, RELU_SQUARE_BACKWARD, ADD = range(4)  # what follows a produ
 
 def in_c(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether products of x (M, …) with these weights are done in C."""
-    if x.dtype != torch.bfloat16 or x.shape[0] < MULTIPLE or x.stride(-1) != 1 or x.stride(0) % 2 or not _has_products():
+    if x.dtype != torch.bfloat16 or x.shape[0] < MULTIPLE or x.stride(-1) != 1 or x.stride(0) % 2:
         return False
     for w in weights:
         rows, columns = w.shape
         if w.dtype != torch.float32 or rows % MULTIPLE or columns % MULTIPLE:
             return False
-    return True
-
-
-@functools.cache
-def _has_products() -> bool:
     return hasattr(kernels(), "product_rows")
 
 
@@ -151,9 +146,8 @@ def weights_stay() -> Iterator[None]:
 
 
 class _Thread(threading.local):
-    kept: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]] | None = (
-        None  # with the weights: a freed one's address is used again
-    )
+    # Addresses of the weights -> the weights, so that no address is used again meanwhile, and what was packed.
+    kept: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]] | None = None
 
 
 _THREAD = _Thread()

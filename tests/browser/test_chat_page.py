@@ -157,22 +157,22 @@ def test_text_is_never_taken_for_html(page: Page) -> None:
     assert set(found[2]) == {"P", "STRONG", "CODE", "PRE"}
 
 
+def rendered(page: Page, text: str, what: str) -> str:
+    """What the page makes of a reply's text: its `what` (innerText, innerHTML)."""
+    return page.evaluate(
+        f"""import('./render.js').then(m => {{ const d = document.createElement('div'); m.render(d, '{text}');
+        return d.{what}; }})"""
+    )
+
+
 def test_a_call_is_shown_as_a_sum(page: Page) -> None:
     text = "so <|python_start|>2*3<|python_end|><|output_start|>6<|output_end|>."
-    shown = page.evaluate(
-        f"""import('./render.js').then(m => {{ const d = document.createElement('div'); m.render(d, '{text}');
-        return d.innerText; }})"""
-    )
-    assert shown == "so 2*3 = 6."
+    assert rendered(page, text, "innerText") == "so 2*3 = 6."
 
 
 def test_a_heading_is_bold_and_so_is_a_final_answer(page: Page) -> None:
     text = "# Ladders\\nThey #1 lean.\\n#### 55"
-    shown = page.evaluate(
-        f"""import('./render.js').then(m => {{ const d = document.createElement('div'); m.render(d, '{text}');
-        return d.innerHTML; }})"""
-    )
-    assert shown == "<p><strong>Ladders</strong></p><p>They #1 lean.</p><p><strong>55</strong></p>"
+    assert rendered(page, text, "innerHTML") == "<p><strong>Ladders</strong></p><p>They #1 lean.</p><p><strong>55</strong></p>"
 
 
 @pytest.mark.parametrize("width, dark", [(1280, False), (1280, True), (390, False), (390, True)])
