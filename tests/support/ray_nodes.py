@@ -66,9 +66,17 @@ class RayNodes:
         return process.pid
 
     def kill(self, node: int) -> None:
-        """SIGKILL to every process of a node at once."""
-        for pid in session_of(node):
-            kill_process(pid)
+        """SIGKILL to every process of a node at once; it is dead when this returns.
+
+        A process takes its time to die: one that seemed to train on would be taken for the run's next attempt.
+        """
+
+        def is_dead() -> bool:
+            for pid in (pids := session_of(node)):
+                kill_process(pid)
+            return not pids
+
+        wait_for(is_dead)
         for process in self._started:
             if process.pid == node:
                 process.wait()
