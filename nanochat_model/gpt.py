@@ -20,8 +20,9 @@ from nanochat_model.fp8 import RECIPES, eligible, fp8_linear
 from nanochat_model.init import initial_tensor
 from nanochat_model.loss import IGNORE_INDEX, cross_entropy, softcapped_logits
 from nanochat_model.native import ops as native
-from nanochat_model.native.attention import Meaning, core_attention, fused
-from nanochat_model.native.layers import AttentionLayer, Embed, Feedforward, Look
+from nanochat_model.native.attention import Meaning, core_attention
+from nanochat_model.native.block import Reading, TrainedBlock, trainable_in_one
+from nanochat_model.native.layers import Embed, Feedforward, Look
 from nanochat_model.ops import mix_norm, relu_square, rms_norm, rotate
 
 if TYPE_CHECKING:
@@ -88,10 +89,6 @@ class Attention(nn.Module):
         """x (B, T, C) normalized; ve (B, T, kv_dim) on layers with a value embedding; cos, sin (T, D/2), or (B, T, D/2)."""
         B, T, C = x.shape
         if cache is None and self.kernel is attention.blocked and native.usable(x, cos):
-            if torch.is_grad_enabled() and fused(x.dtype, self.head_dim):  # without gradients the modules run, for their hooks
-                gate_weight = None if self.ve_gate is None else self.ve_gate.weight
-                weights = (p.weight for p in (self.c_q, self.c_k, self.c_v, self.c_proj))
-                return AttentionLayer.apply(x, *weights, gate_weight, ve, cos, sin, self.head_dim, self.meaning)
             q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.c_q, self.c_k, self.c_v))
             gate = None if self.ve_gate is None else self.ve_gate(x[..., :VE_GATE_CHANNELS])
             ve = None if ve is None else ve.view_as(v)
@@ -144,11 +141,27 @@ class Block(nn.Module):
         self.mlp = MLP(config, fp8=fp8)
 
     def forward(
-        self, x: Tensor, normed: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        x0: Tensor,
+        r: Tensor,
+        l: Tensor,
+        value_table: Table | None,
+        idx: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        """x (B, T, C), the residual stream, and its norm; returns the stream after attention and MLP."""
-        x, normed = mix_norm(x, self.attn(normed, ve, cos, sin, cache))
-        return self.mlp(normed, x)
+        """The residual stream (B, T, C) after this block: of r·x + l·x0, x0 being the embeddings of idx (B, T) and r, l 0-d."""
+        attn, mlp = self.attn, self.mlp
+        # without gradients the modules run, for their hooks
+        if torch.is_grad_enabled() and cache is None and attn.kernel is attention.blocked and trainable_in_one(x, attn.head_dim):
+            reading = Reading(idx=idx, cos=cos, sin=sin, head_dim=attn.head_dim, meaning=attn.meaning)
+            linears = (attn.c_q, attn.c_k, attn.c_v, attn.c_proj, mlp.c_fc, mlp.c_proj, attn.ve_gate, value_table)
+            return TrainedBlock.apply(x, x0, r, l, reading, *(None if m is None else m.weight for m in linears))
+        x, normed = mix_norm(x, x0, r, l)
+        x, normed = mix_norm(x, attn(normed, None if value_table is None else value_table(idx), cos, sin, cache))
+        return mlp(normed, x)
 
 
 class GPT(nn.Module):
@@ -248,10 +261,10 @@ class GPT(nn.Module):
         cos, sin = self.cos[at], self.sin[at]
         x = self._embed(idx, cache, lengths)
         x0 = middle = x
+        tables = cast(dict[str, Table], dict(self.value_embeds.items()))
         lambdas = zip(self.blocks, self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), strict=True)
         for i, (block, r, l) in enumerate(lambdas):
-            ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
-            x = block(*mix_norm(x, x0, r, l), ve, cos, sin, cache)
+            x = block(x, x0, r, l, tables.get(str(i)), idx, cos, sin, cache)
             if i == self.config.depth // 2:
                 middle = x
         if cache is not None:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_model.native import ops as native
-from nanochat_model.native import products
+from nanochat_model.native.cross_entropy import chunked_losses, whole_in_c
+from nanochat_model.native.products import accumulate_gradient
 
 SOFTCAP = 15.0  # logits = 15·tanh(raw/15) (nanochat gpt.py)
 IGNORE_INDEX = -1
@@ -40,8 +41,8 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, r
     """
     if reduction == "none":
         losses = [
-            F.cross_entropy(softcapped_logits(xc, weight, vocab_size), tc, ignore_index=IGNORE_INDEX, reduction="none")
-            for xc, tc in zip(*_split(chunk_tokens(x.device), x, targets), strict=True)
+            F.cross_entropy(softcapped_logits(x[at], weight, vocab_size), targets[at], ignore_index=IGNORE_INDEX, reduction="none")
+            for at in _slices(len(x), chunk_tokens(x.device))
         ]
         return torch.cat(losses)
     if reduction not in ("mean", "sum"):
@@ -52,8 +53,8 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, r
     return total
 
 
-def _split(size: int, *tensors: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-    return tuple(t.split(size) for t in tensors)
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -62,20 +63,15 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        size = chunk_tokens(x.device)
         rows = weight[:vocab_size]
-        needs_grad = x.requires_grad or weight.requires_grad
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        grad_x = torch.empty_like(x) if needs_grad else None
-        grad_table = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-        table = _Table(x, rows, needs_grad)
-        for start in range(0, x.shape[0], size):
-            xc, tc = x[start : start + size], targets[start : start + size]
-            loss, grad_logits = _chunk(table.logits(xc), tc, needs_grad)
-            total += loss
-            if grad_x is not None and grad_table is not None and grad_logits is not None:
-                table.backward(grad_logits, xc, grad_x[start : start + size], grad_table[:vocab_size])
-        if needs_grad:
+        grad_table = torch.zeros_like(weight, dtype=torch.float32) if x.requires_grad or weight.requires_grad else None
+        in_table = None if grad_table is None else grad_table[:vocab_size]
+        if whole_in_c(x, rows):
+            losses, grad_x = chunked_losses(x, rows, targets, cap=SOFTCAP, most=CPU_CHUNK_TOKENS, grad_table=in_table)
+            total = losses.sum()
+        else:
+            total, grad_x = _by_chunks(x, rows.to(x.dtype), targets, in_table)
+        if grad_table is not None:
             ctx.kept, ctx.weight = (grad_x, grad_table), weight
         return total
 
@@ -90,32 +86,21 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return grad_x, None, None, None
 
 
-class _Table:
-    """The unembedding table (V, C) in the dtype of features, for the products of one pass: packed for C or cast for PyTorch."""
-
-    def __init__(self, x: Tensor, rows: Tensor, needs_grad: bool) -> None:
-        self.rows = rows
-        self.cast: Tensor | None = None
-        if native.usable(x) and products.in_c(x, (rows,)):
-            self.outputs, _ = products.packed_outputs((rows,))
-            if needs_grad:
-                self.inputs = products.packed_inputs((rows,))
-        else:
-            self.cast = rows.to(x.dtype)
-
-    def logits(self, x: Tensor) -> Tensor:
-        return x @ self.cast.T if self.cast is not None else products.product(x, self.outputs, len(self.rows))
-
-    def backward(self, g: Tensor, x: Tensor, grad_x: Tensor, grad_table: Tensor) -> None:
-        """Gradients of the features (written) and of the table (added), from those of the raw logits."""
-        if self.cast is None:
-            products.product(g, self.inputs, x.shape[1], out=grad_x)
-        else:
-            torch.mm(g, self.cast, out=grad_x)
+def _by_chunks(x: Tensor, table: Tensor, targets: Tensor, grad_table: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Sum of losses and its gradient of x; that of the table (V, C; here in x's dtype) is added to grad_table, if there is one."""
+    total = torch.zeros((), dtype=torch.float32, device=x.device)
+    grad_x = None if grad_table is None else torch.empty_like(x)
+    for at in _slices(len(x), chunk_tokens(x.device)):
+        loss, g = _chunk(x[at] @ table.T, targets[at], grad_table is not None)
+        total += loss
+        if grad_x is None or grad_table is None or g is None:
+            continue
+        torch.mm(g, table, out=grad_x[at])
         if native.usable(g):
-            products.accumulate_gradient(grad_table, g, x)
+            accumulate_gradient(grad_table, g, x[at])
         else:
-            grad_table += g.T @ x
+            grad_table += g.T @ x[at]
+    return total, grad_x
 
 
 def _chunk(raw: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -125,7 +110,9 @@ def _chunk(raw: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tens
     subtracted.
     """
     if native.usable(raw):
-        return native.cross_entropy_rows(raw, targets, SOFTCAP, needs_grad).sum(), raw if needs_grad else None
+        losses = torch.empty(len(raw), dtype=torch.float32)
+        native.cross_entropy_rows(raw, targets, SOFTCAP, losses, want_grad=needs_grad)
+        return losses.sum(), raw if needs_grad else None
     valid = targets != IGNORE_INDEX
     index = targets.clamp_min(0).unsqueeze(1)
     t = torch.tanh_(raw.float().mul_(1.0 / SOFTCAP))

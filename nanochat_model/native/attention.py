@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from nanochat_model.native.build import kernels
-from nanochat_model.native.ops import EPS, CoreAttention, call
+from nanochat_model.native.ops import EPS, CoreAttention, address, call, scratch
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # q, k, v, cos, sin, ve, gate
 CHANNEL_MULTIPLE = 16  # the kernel's head sizes: whole vectors
 
 
@@ -51,7 +52,7 @@ def _scratch_bytes(T: int, D: int) -> int:
 
 
 def _scratch(T: int, D: int) -> Tensor:
-    return torch.empty(_scratch_bytes(T, D) * torch.get_num_threads(), dtype=torch.uint8)
+    return scratch(_scratch_bytes(T, D) * torch.get_num_threads())
 
 
 def _constants(meaning: Meaning, q: Tensor, k: Tensor) -> tuple[int | float, ...]:
@@ -69,14 +70,14 @@ def attend(
     B, T, H, D = q.shape
     out = q.new_empty((B, T, H, D))
     sums = torch.empty((B, H, T), dtype=torch.float32)
-    at = (t.data_ptr() for t in (q, k, v))
+    at = (address(t) for t in (q, k, v))
     call("attention_forward", *at, cos, sin, ve, gate, out, sums, _scratch(T, D), *_constants(meaning, q, k))
     return out, sums
 
 
 def attend_backward(
     g: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    inputs: Inputs,
     out: Tensor,
     sums: Tensor,
     gradients: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
@@ -87,9 +88,8 @@ def attend_backward(
     gq, gk, gv, *grest = gradients
     constants = _constants(meaning, q, k)
     assert gq.stride() == q.stride() and gk.stride() == k.stride() == v.stride() == gv.stride()
-    at, to = (t.data_ptr() for t in (q, k, v)), (t.data_ptr() for t in (gq, gk, gv))
-    scratch = _scratch(q.shape[1], q.shape[3])
-    call("attention_backward", g.contiguous(), *at, *rest, out, sums, *to, *grest, scratch, *constants)
+    at, to = (address(t) for t in (q, k, v)), (address(t) for t in (gq, gk, gv))
+    call("attention_backward", g.contiguous(), *at, *rest, out, sums, *to, *grest, _scratch(q.shape[1], q.shape[3]), *constants)
 
 
 class FusedAttention(torch.autograd.Function):

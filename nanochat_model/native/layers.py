@@ -1,6 +1,6 @@
 """Whole sublayers of a training step on CPUs as single autograd functions: few nodes, no copies, gradients added in place.
 
-N = B·T tokens, C model_dim, H heads, K kv heads, D head_dim. Weights are float32, products run in the input's dtype. Where a weight
+N = B·T tokens, C model_dim. Weights are float32, products run in the input's dtype. Where a weight
 has a gradient already (the optimizer keeps one), backward adds to it itself; elsewhere it hands the gradient to autograd.
 """
 
@@ -11,17 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_model.native.attention import Meaning, attend, attend_backward
-from nanochat_model.native.ops import EPS, PIECE, call
-from nanochat_model.native.products import (
-    add_gradient,
-    add_gradients,
-    held_gradient,
-    hidden_and_square,
-    hidden_backward,
-    linear,
-    linear_backward,
-)
+from nanochat_model.native.ops import EPS, call
+from nanochat_model.native.products import add_gradient, hidden_and_square, hidden_backward, linear, linear_backward
 
 
 class Look(torch.autograd.Function):
@@ -30,13 +21,18 @@ class Look(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, idx: Tensor) -> Tensor:
         ctx.table, ctx.idx = table, idx.contiguous()
-        out = torch.empty((*idx.shape, table.shape[1]), dtype=torch.float32)
-        call("look_rows_f32", table, ctx.idx, out, idx.numel(), table.shape[1])
-        return out
+        return look(table, ctx.idx)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return add_rows(ctx.table, ctx.idx, g.contiguous()), None
+
+
+def look(table: Tensor, idx: Tensor) -> Tensor:
+    """Rows (B, T, width) of a float32 table (V, width) at idx (B, T)."""
+    out = torch.empty((*idx.shape, table.shape[1]), dtype=torch.float32)
+    call("look_rows_f32", table, idx, out, idx.numel(), table.shape[1])
+    return out
 
 
 def add_rows(table: Tensor, idx: Tensor, g: Tensor) -> Tensor | None:
@@ -80,84 +76,31 @@ class Feedforward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        hidden, active = hidden_and_square(flat, fc)
-        ctx.kept, ctx.weights = (flat, hidden), (fc, proj)
-        return linear(active, (proj,), plus=residual.reshape(-1, x.shape[-1])).view_as(x)
+        ctx.weights = (fc, proj)
+        out, ctx.kept = feedforward(x, residual, fc, proj)
+        return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, hidden = ctx.kept
-        fc, proj = ctx.weights
+        kept = ctx.kept
         del ctx.kept  # memory is used again at once
-        flat = g.reshape(-1, g.shape[-1])
-        g_proj = add_gradient(proj, flat, hidden, square=True)
-        gh = hidden_backward(flat, proj, hidden)
-        return linear_backward(gh, (fc,)).view_as(g), g, add_gradient(fc, gh, x), g_proj
+        gx, *g_weights = feedforward_backward(g, kept, *ctx.weights)
+        return gx, g, *g_weights
 
 
-class AttentionLayer(torch.autograd.Function):
-    """A whole attention sublayer: one product for queries, keys and values, the gate, attention, and the output projection.
-
-    weights: c_q, c_k, c_v, c_proj, and ve_gate (K, channels) or None with ve (B, T, K·D) float32 or None.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        c_q: Tensor,
-        c_k: Tensor,
-        c_v: Tensor,
-        c_proj: Tensor,
-        ve_gate: Tensor | None,
-        ve: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        head_dim: int,
-        meaning: Meaning,
-    ) -> Tensor:
-        B, T, C = x.shape
-        flat = x.reshape(-1, C).contiguous()
-        qkv = linear(flat, (c_q, c_k, c_v))
-        ctx.split = (len(c_q), len(c_k), len(c_v))
-        q, k, v = _heads(qkv, ctx.split, B, T, head_dim)
-        small = gate = None
-        if ve_gate is not None and ve is not None:
-            small = ve_gate.to(x.dtype)
-            gate = torch.empty((B * T, small.shape[0]), dtype=x.dtype)
-            call("gate_logits", flat.data_ptr(), small, gate, B * T, flat.stride(0), *small.shape)
-            ve = ve.contiguous()
-        inputs = (q, k, v, cos.contiguous(), sin.contiguous(), ve, gate)
-        out, sums = attend(*inputs, meaning)
-        ctx.kept = (flat, qkv, inputs, out, sums, small)
-        ctx.weights, ctx.head_dim, ctx.meaning = (c_q, c_k, c_v, c_proj, ve_gate), head_dim, meaning
-        return linear(out.view(B * T, C), (c_proj,)).view(B, T, C)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        flat, qkv, inputs, out, sums, small = ctx.kept
-        del ctx.kept
-        *c_qkv, c_proj, ve_gate = ctx.weights
-        B, T, C = g.shape
-        rows = g.reshape(B * T, C)
-        g_proj = add_gradient(c_proj, rows, out.view(B * T, C))
-        g_out = linear_backward(rows, (c_proj,)).view_as(out)
-        g_qkv = torch.empty_like(qkv)
-        gve, ggate = (None if t is None else torch.empty_like(t) for t in inputs[5:])
-        gq, gk, gv = _heads(g_qkv, ctx.split, B, T, ctx.head_dim)
-        attend_backward(g_out, inputs, out, sums, (gq, gk, gv, gve, ggate), ctx.meaning)
-        gx = linear_backward(g_qkv, c_qkv)
-        g_weights = add_gradients(c_qkv, g_qkv, flat)
-        g_gate = None
-        if small is not None and ggate is not None:
-            total, g_gate = held_gradient(ve_gate)
-            parts = torch.empty((-(-B * T // PIECE), *small.shape))
-            strides = (flat.stride(0), gx.stride(0))
-            call("gate_logits_backward", ggate, flat.data_ptr(), small, gx, total, parts, B * T, *strides, *small.shape)
-        return gx.view_as(g), *g_weights, g_proj, g_gate, gve, None, None, None, None
+def feedforward(x: Tensor, residual: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """residual + relu(x Wfcᵀ)² Wprojᵀ, and what backward needs."""
+    flat = x.reshape(-1, x.shape[-1])
+    hidden, active = hidden_and_square(flat, fc)
+    return linear(active, (proj,), plus=residual.reshape(-1, x.shape[-1])).view_as(x), (flat, hidden)
 
 
-def _heads(qkv: Tensor, split: tuple[int, int, int], B: int, T: int, head_dim: int) -> list[Tensor]:
-    """Views (B, T, heads, D) of the three parts of qkv (B·T, all channels)."""
-    return [part.unflatten(-1, (-1, head_dim)).unflatten(0, (B, T)) for part in qkv.split(split, dim=-1)]
+def feedforward_backward(
+    g: Tensor, kept: tuple[Tensor, Tensor], fc: Tensor, proj: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x and of the weights; that of residual is g."""
+    x, hidden = kept
+    flat = g.reshape(-1, g.shape[-1])
+    g_proj = add_gradient(proj, flat, hidden, square=True)
+    gh = hidden_backward(flat, proj, hidden)
+    return linear_backward(gh, (fc,)).view_as(g), add_gradient(fc, gh, x), g_proj

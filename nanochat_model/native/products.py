@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_model.native.build import kernels
-from nanochat_model.native.ops import SUFFIX, call
+from nanochat_model.native.ops import SUFFIX, address, at_once, call, scratch
 
 MULTIPLE = 8  # of inputs and outputs, and the fewest tokens, that the C products take
 WORD_BYTES = 4
@@ -38,6 +38,7 @@ def in_c(x: Tensor, weights: Sequence[Tensor]) -> bool:
 def linear(x: Tensor, weights: Sequence[Tensor], plus: Tensor | None = None) -> Tensor:
     """x (M, in) times the transposed weights: (M, all outputs); with `plus` (M, all outputs) added."""
     if not in_c(x, weights):
+        at_once()
         out = x @ _joint(weights, x.dtype).T
         return out if plus is None else out.add_(plus)
     packed, num_out = packed_outputs(weights)
@@ -47,6 +48,7 @@ def linear(x: Tensor, weights: Sequence[Tensor], plus: Tensor | None = None) -> 
 def linear_backward(g: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """g (M, all outputs) times the weights: the gradient (M, in) of what they read."""
     if not in_c(g, weights):
+        at_once()
         return g @ _joint(weights, g.dtype)
     return product(g, packed_inputs(weights), weights[0].shape[1])
 
@@ -124,10 +126,11 @@ def accumulate_gradient(total: Tensor, g: Tensor, x: Tensor, *, square: bool = F
     """total (out, in) float32 += gᵀ x (with `square` gᵀ relu(x)²); g (M, out), x (M, in)."""
     if in_c(g, (total,)) and in_c(x, ()):
         num_out, num_in = total.shape
-        scratch = _words(_gradient_scratch(num_out, num_in, torch.get_num_threads()))
-        at = (g.data_ptr(), x.data_ptr())
-        call("weight_gradient", total, *at, scratch, g.stride(0), x.stride(0), g.shape[0], num_out, num_in, int(square))
+        words = scratch(WORD_BYTES * _gradient_scratch(num_out, num_in, torch.get_num_threads()))
+        at = (address(g), address(x))
+        call("weight_gradient", total, *at, words, g.stride(0), x.stride(0), g.shape[0], num_out, num_in, int(square))
         return
+    at_once()
     part = g.T @ (relu_square(x) if square else x)
     call("accumulate" + SUFFIX[part.dtype], total, part, total.numel())
 
@@ -197,12 +200,13 @@ def product(
     """x (M, K), whose rows may lie apart, times a packed matrix (K, width)."""
     M, K = x.shape
     if M < MULTIPLE:  # the last tokens of a batch
+        at_once()
         assert other is None
         few = product(F.pad(x, (0, 0, 0, MULTIPLE - M)), packed, width)[:M]
         return few if out is None else out.copy_(few)
     out = x.new_empty((M, width)) if out is None else out
     assert other is None or other.stride() == out.stride()
-    call("product_rows", x.data_ptr(), packed, out, other, x.stride(0), width, M, width, K, after)
+    call("product_rows", address(x), packed, out, other, x.stride(0), width, M, width, K, after)
     return out
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from closeness import DTYPES, close, needs_native, tolerance
 
 from nanochat_model import gpt
-from nanochat_model.native import build, products
+from nanochat_model.native import block, build, cross_entropy, products
 from nanochat_model.native import ops as native
 
 torch.set_num_threads(1)
@@ -102,29 +104,51 @@ def plain_layers(monkeypatch):
         monkeypatch.setattr(module, "usable", lambda *tensors: False)
 
 
-@needs_native
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("attached", [True, False])  # whether weights have gradients already, which backward then adds to
-def test_sublayers_equal_plain_modules(dtype, attached, monkeypatch):
+def small_model(dtype):
+    """A model whose scalars and gates are not at their start, and ids and targets for it."""
     config = gpt.GPTConfig(depth=3, model_dim=64, num_heads=4, num_kv_heads=2, sequence_len=64, vocab_size=256)
     model = gpt.GPT(config, compute_dtype=dtype).init_weights(0)
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    ids, targets = torch.randint(0, 256, (2, 2, 64))
+    return model, *torch.randint(0, 256, (2, 2, 64))
 
-    def gradients():
-        for p in model.parameters():
-            p.grad = torch.ones_like(p) if attached else None
-        loss = model.loss(ids, targets)
-        loss.backward()
-        return loss.item(), {n: p.grad - int(attached) for n, p in model.named_parameters()}
 
-    loss, found = gradients()
+def loss_and_gradients(model, ids, targets, held=None):
+    """`held`: what every gradient is at the start."""
+    for p in model.parameters():
+        p.grad = None if held is None else torch.full_like(p, held)
+    loss = model.loss(ids, targets)
+    loss.backward()
+    return loss.item(), {n: p.grad - (held or 0) for n, p in model.named_parameters()}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("held", [1.0, None])  # whether weights have gradients already, which backward then adds to
+def test_sublayers_equal_plain_modules(dtype, held, monkeypatch):
+    batch = small_model(dtype)
+    loss, found = loss_and_gradients(*batch, held)
     plain_layers(monkeypatch)
-    expected_loss, expected = gradients()
+    expected_loss, expected = loss_and_gradients(*batch, held)
     assert loss == pytest.approx(expected_loss, rel=tolerance(dtype))
     for name, g in expected.items():
         error, rounding = (found[name] - g).norm(), 2e-7 * g.numel() ** 0.5  # of adding to a gradient of 1
         assert error < (2e-5 if dtype == torch.float32 else 6e-2) * g.norm() + rounding, (name, error / g.norm())
+
+
+@pytest.mark.skipif(not hasattr(build.kernels(), "product_rows"), reason="no AVX512-BF16 here")
+def test_kernels_that_wait_and_run_together_give_the_same_bits(monkeypatch):
+    batch = small_model(torch.bfloat16)
+    loss, found = loss_and_gradients(*batch)
+    with native.together():
+        waiting = products.product(torch.ones(8, 8).bfloat16(), products.packed_outputs((torch.eye(8),))[0], 8)
+        waiting.zero_()
+        with pytest.raises(AssertionError, match="waiting kernels"):
+            products.linear(torch.ones(8, 8), (torch.eye(8),))
+    assert torch.equal(waiting, torch.ones(8, 8).bfloat16()), "kernels run at the end, with what they read kept until then"
+    for module in (block, cross_entropy):
+        monkeypatch.setattr(module, "together", contextlib.nullcontext)
+    expected_loss, expected = loss_and_gradients(*batch)
+    assert loss == expected_loss and all(torch.equal(g, found[name]) for name, g in expected.items())
