@@ -156,7 +156,7 @@ class Block(nn.Module):
         attn, mlp = self.attn, self.mlp
         # without gradients the modules run, for their hooks
         if torch.is_grad_enabled() and cache is None and attn.kernel is attention.blocked and trainable_in_one(x, attn.head_dim):
-            reading = Reading(idx=idx, cos=cos, sin=sin, head_dim=attn.head_dim, meaning=attn.meaning)
+            reading = Reading(idx=idx.contiguous(), cos=cos, sin=sin, head_dim=attn.head_dim, meaning=attn.meaning)
             linears = (attn.c_q, attn.c_k, attn.c_v, attn.c_proj, mlp.c_fc, mlp.c_proj, attn.ve_gate, value_table)
             return TrainedBlock.apply(x, x0, r, l, reading, *(None if m is None else m.weight for m in linears))
         x, normed = mix_norm(x, x0, r, l)
