@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ SCHEMA_VERSION = 1
 _MAX_CACHED_WORDS = 1 << 20
 _MAX_CACHED_IDS = 1 << 24
 _NUM_BYTES = 256
+# Of the word caches of all tokenizers: a server encodes prompts in one thread and a calculator's results in another. Not of the
+# instance, which must pickle.
+_CACHE_LOCK = threading.Lock()
 
 
 def byte_characters() -> list[str]:
@@ -142,9 +146,6 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of `text` as int32 (n,): the same as `encode`, faster for long texts."""
-        if len(self._words) > _MAX_CACHED_WORDS or len(self._word_ids) > _MAX_CACHED_IDS:
-            for cache in (self._words, self._word_ids, self._word_starts, self._word_lengths):
-                cache.clear()
         pieces = [self._ids_of_words(words) if split else self._ids_of_text(words[0]) for words, split in split_words(text)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -206,17 +207,22 @@ class Tokenizer:
 
     def _ids_of_words(self, words: list[str]) -> np.ndarray:
         """Ids of `words` in a row, through the cache."""
-        numbers = self._words
-        new = [w for w in dict.fromkeys(words) if w not in numbers]
-        if new:
-            encodings = self._backend.encode_batch_fast(new, add_special_tokens=False)
-            numbers.update(zip(new, range(len(numbers), len(numbers) + len(new)), strict=True))
-            lengths = np.fromiter(map(len, encodings), np.int64, len(new))
-            self._word_starts.append(len(self._word_ids) + np.cumsum(lengths) - lengths)
-            self._word_lengths.append(lengths)
-            self._word_ids.append(np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), np.int32, lengths.sum()))
-        which = np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))
-        return self._word_ids.values[spans_index(self._word_starts.values[which], self._word_lengths.values[which])]
+        with _CACHE_LOCK:
+            numbers = self._words
+            if len(numbers) > _MAX_CACHED_WORDS or len(self._word_ids) > _MAX_CACHED_IDS:
+                for cache in (numbers, self._word_ids, self._word_starts, self._word_lengths):
+                    cache.clear()
+            new = [w for w in dict.fromkeys(words) if w not in numbers]
+            if new:
+                encodings = self._backend.encode_batch_fast(new, add_special_tokens=False)
+                numbers.update(zip(new, range(len(numbers), len(numbers) + len(new)), strict=True))
+                lengths = np.fromiter(map(len, encodings), np.int64, len(new))
+                self._word_starts.append(len(self._word_ids) + np.cumsum(lengths) - lengths)
+                self._word_lengths.append(lengths)
+                ids = itertools.chain.from_iterable(e.ids for e in encodings)
+                self._word_ids.append(np.fromiter(ids, np.int32, lengths.sum()))
+            which = np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))
+            return self._word_ids.values[spans_index(self._word_starts.values[which], self._word_lengths.values[which])]
 
 
 class _Growing:

@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import sys
+import threading
 import types
 import unicodedata
 from collections import Counter
@@ -190,6 +191,29 @@ def test_the_word_cache_is_emptied_and_ids_stay(tokenizer: Tokenizer, corpus: li
     monkeypatch.setattr("nanochat_model.tokenizer._MAX_CACHED_WORDS", 50)
     assert tokenizer.encode_batch(corpus) == expected
     assert len(tokenizer._words) < 2000
+
+
+def test_threads_share_the_word_cache(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server encodes prompts in one thread and results of calls in another; here the second comes while the first is filling
+    the cache."""
+    shared = Tokenizer(tokenizer._vocab, tokenizer._merges)  # type: ignore[arg-type]
+    one, two = "one two three", "9 88 7"
+    found: list[list[int]] = []
+    second = threading.Thread(target=lambda: found.append(shared.encode(two)))
+    append = shared._word_starts.append
+
+    def meanwhile(values: np.ndarray) -> None:
+        if threading.current_thread() is not second:
+            second.start()
+            second.join(0.2)  # it has to wait for us
+        append(values)
+
+    monkeypatch.setattr(shared._word_starts, "append", meanwhile)
+    found.append(shared.encode(one))
+    second.join()
+    monkeypatch.undo()
+    assert sorted(found) == sorted(tokenizer.encode_batch([one, two]))
+    assert shared.encode_batch([one, two]) == tokenizer.encode_batch([one, two])
 
 
 def test_a_vocabulary_larger_than_the_corpus_says_what_is_possible() -> None:
