@@ -110,6 +110,15 @@ def test_the_ends_of_the_interval_choose_what_is_possible():
     assert choose(logits, [Sampling(top_k=2)], [1.0 - 2**-53]).tolist() == [2]
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-39, 1e-6])
+def test_next_to_no_temperature_takes_the_likeliest_and_spoils_no_other_row(temperature):
+    """Divided by so little, logits would be infinite, and the sum of their exponentials no number."""
+    logits = torch.tensor([[1.0, 15.0, -3.0, 14.0], [0.0, 0.0, 0.0, 9.0]])
+    settings = [Sampling(temperature=temperature, top_k=2, top_p=0.9), Sampling(temperature=1.0)]
+    assert choose(logits, settings, [0.999, 0.5]).tolist() == [1, 3]
+    assert choose(logits[:1], settings[:1], [0.999]).tolist() == [1]
+
+
 def test_a_prepared_model_says_the_same(model):
     half = GPT(model.config, compute_dtype=torch.bfloat16)
     half.load_state_dict(model.state_dict())
