@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from nanochat_model.artifacts import build_folder
+from nanochat_model.artifacts import build_folder, sha256_file
 from nanochat_model.distributed import on_main
 from nanochat_model.errors import ConfigError
 from nanochat_model.identity import content_hash
@@ -49,12 +49,14 @@ def load_bundle(bundle: str, *, max_per_task: int = 0) -> list[Task]:
         entries = yaml.safe_load(path.read_text(encoding="utf8"))["icl_tasks"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as e:
         raise ConfigError(f"{path}: no list icl_tasks in it ({type(e).__name__}); give a CORE bundle") from None
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{path}: icl_tasks is {entries!r}, no list of tasks; give a CORE bundle")
     baselines = _baselines(root / "eval_meta_data.csv")
     return [_load_task(root, entry, baselines, max_per_task) for entry in entries]
 
 
 def locate(bundle: str) -> Path:
-    """Folder that holds core.yaml. A zip is unpacked beside itself, a URL into the user's cache; both once."""
+    """Folder that holds core.yaml. A zip is unpacked beside itself, a URL into the user's cache; the same content once."""
     if bundle == "download" or bundle.startswith(("https://", "http://")):
         return _unpack(_download(BUNDLE_URL if bundle == "download" else bundle))
     path = Path(bundle)
@@ -73,7 +75,7 @@ def _folder_with_tasks(path: Path) -> Path:
 
 
 def _unpack(archive: Path) -> Path:
-    target = archive.with_suffix("")
+    target = archive.with_name(f"{archive.stem}-{sha256_file(archive)[:8]}")  # another archive may take its place
 
     def extract(work: Path) -> None:
         try:

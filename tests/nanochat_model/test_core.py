@@ -16,7 +16,7 @@ from nanochat_model.accuracy import accuracy_standard_error
 from nanochat_model.callbacks import Callback
 from nanochat_model.checkpoint import load_model
 from nanochat_model.core import evaluate_core, prompts
-from nanochat_model.core_bundle import Task, load_bundle
+from nanochat_model.core_bundle import Task, load_bundle, locate
 from nanochat_model.errors import ConfigError
 from nanochat_model.gpt import GPT
 from nanochat_model.tokenizer import Tokenizer
@@ -169,7 +169,14 @@ def test_a_zip_and_a_limit(bundle: Path, tmp_path: Path) -> None:
     torn.write_bytes(data)
     with pytest.raises(ConfigError, match="not a whole zip file"):
         load_bundle(str(torn))
-    assert not (tmp_path / "torn").exists()
+    assert not [p for p in tmp_path.iterdir() if p.is_dir() and "torn" in p.name]
+    with zipfile.ZipFile(archive, "w") as z:  # a new edition under the old name
+        for file in bundle.rglob("*"):
+            if file.name == "core.yaml":
+                z.writestr("eval_bundle/core.yaml", TASKS + "version: 2\n")
+            else:
+                z.write(file, Path("eval_bundle") / file.relative_to(bundle))
+    assert "version: 2" in (locate(str(archive)) / "core.yaml").read_text()
 
 
 def test_broken_bundles_are_named(bundle: Path, tmp_path: Path) -> None:
@@ -179,6 +186,10 @@ def test_broken_bundles_are_named(bundle: Path, tmp_path: Path) -> None:
         load_bundle(str(tmp_path))
     with pytest.raises(ConfigError, match="too few for 2 shots"):
         load_bundle(str(bundle), max_per_task=2)
+    for nothing in ("icl_tasks:", "icl_tasks: []", "icl_tasks: all"):
+        (tmp_path / "core.yaml").write_text(nothing)
+        with pytest.raises(ConfigError, match="no list of tasks"):
+            load_bundle(str(tmp_path))
     (tmp_path / "core.yaml").write_text(TASKS)
     with pytest.raises(ConfigError, match=r"eval_meta_data\.csv"):
         load_bundle(str(tmp_path))
