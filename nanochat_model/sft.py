@@ -40,7 +40,16 @@ from nanochat_model.sft_data import Report, SFTData, SourceCounts, prepare
 from nanochat_model.sft_recipe import WEIGHTS_ALONE, WITH_OPTIMIZER, SFTConfig, SFTRecipe
 from nanochat_model.step_times import StartupTimer
 from nanochat_model.tokenizer import Tokenizer
-from nanochat_model.train import CONFIG_FILE, DEFAULT_RUNTIME, Labels, make_record, may_go_on, restore_progress, run_to_end
+from nanochat_model.train import (
+    CONFIG_FILE,
+    DEFAULT_RUNTIME,
+    Labels,
+    make_record,
+    may_go_on,
+    restore_progress,
+    run_to_end,
+    set_aside,
+)
 
 FACTS_FILE = "sft.json"  # beside record.json: what only a fine-tuning has
 SCHEMA_VERSION = 2
@@ -298,7 +307,9 @@ def _prepare_run(
             )
         if record.status == "complete":
             return record, None, base
-    start = own_start(config, run_dir, "refuse") if resume else None
+    if not resume:
+        set_aside(run_dir)
+    start = own_start(config, run_dir, "refuse")
     write_atomic(run_dir / CONFIG_FILE, json.dumps({"run_id": run_id(config), **asdict(config)}, indent=1))
     return None, start, base
 
@@ -323,7 +334,7 @@ def _build_session(task: _Task, runtime: RuntimeConfig, ranks: Ranks) -> tuple[S
         optimizer=optimizer,
         stepper=stepper,
         batch=Prefetcher(batch, config.num_steps) if device.type == "cuda" else batch,
-        validation=ConversationLoader(data.val, sequence_len=length, rows_per_batch=1).epoch(config.eval.num_tokens // length),
+        validation=ConversationLoader(data.val, sequence_len=length, rows_per_batch=1).epoch(-(-config.eval.num_tokens // length)),
         token_bytes=task.tokenizer.token_bytes(),
         tokenizer_dir=find_tokenizer(task.base),
         parents={"base": checkpoint_hash(task.base), "conversations": data.hash, "tokenizer": data.tokenizer_hash},

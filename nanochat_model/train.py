@@ -169,7 +169,7 @@ def _prepare(
         if record.status == "complete" and not changed:
             return record, None
     if not resume:
-        _set_aside(run_dir)
+        set_aside(run_dir)
     start = own_start(config, run_dir, horizon_change)
     if start is None and config.trunk:
         if start_from is None:
@@ -199,7 +199,7 @@ def rewind(run_dir: str | Path, step: int) -> None:
     on_main(act)
 
 
-def _set_aside(run_dir: Path) -> None:
+def set_aside(run_dir: Path) -> None:
     """Rename earlier checkpoints and record, so that a fresh start neither uses nor destroys them."""
     for name in (CHECKPOINTS_DIR, RECORD_FILE):
         _rename_aside(run_dir / name)

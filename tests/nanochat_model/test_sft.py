@@ -116,6 +116,18 @@ def test_an_epoch_is_the_horizon_when_no_steps_are_given(base: Path, conversatio
         recipe.resolve(recipe.inherited.model, overrides={"weight_decay_multiplier": 2.0})
 
 
+def test_so_many_held_out_tokens_are_whole_rows(
+    base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded up, as in pretraining: less than a row is one row, not all of them."""
+    rows: list[int] = []
+    monkeypatch.setattr("nanochat_model.sft.evaluate_loss", lambda model, validation: rows.append(len(validation[0])) or 1.0)
+    for tokens in (1, 65, 0):
+        config = dataclasses.replace(CONFIG, num_steps=1, eval_tokens=tokens)
+        sft(config, RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path / str(tokens))
+    assert rows[:4] == [1, 1, 2, 2] and rows[4] == rows[5] > 2
+
+
 def test_warm_start_takes_over_the_optimizer(base: Path, conversations: Path, tmp_path: Path) -> None:
     """The first update differs with and without it, the first loss does not; and step counts go on."""
     seen = {}
@@ -211,6 +223,11 @@ def test_bad_input_is_told(base: Path, conversations: Path, tmp_path: Path) -> N
         sft(CONFIG, RUNTIME, base_checkpoint=base, conversations=tmp_path / "none.jsonl", run_dir=tmp_path)
     with pytest.raises(ConfigError, match="val_fraction"):
         SFTConfig(val_fraction=0)
-    sft(dataclasses.replace(CONFIG, num_steps=1), RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path)
+    sft(dataclasses.replace(CONFIG, num_steps=3), RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path)
+    options = {"base_checkpoint": base, "conversations": conversations, "run_dir": tmp_path}
     with pytest.raises(ConfigError, match="of another run"):
-        sft(CONFIG, RUNTIME, base_checkpoint=base, conversations=conversations, run_dir=tmp_path)
+        sft(dataclasses.replace(CONFIG, num_steps=2), RUNTIME, **options)
+    record = sft(dataclasses.replace(CONFIG, num_steps=2), RUNTIME, resume=False, **options)
+    newest = read_state(find_latest(tmp_path / CHECKPOINTS_DIR))
+    assert (record.num_steps, newest.run_id) == (2, record.run_id), "the longer run's checkpoints are set aside"
+    assert (tmp_path / f"{CHECKPOINTS_DIR}.before-1").is_dir()
