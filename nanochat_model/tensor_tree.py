@@ -24,6 +24,7 @@ def pack(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
 def _pack(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(node, torch.Tensor):
+        assert path not in tensors, f"two tensors would be stored as {path!r}"
         tensors[path or "tensor"] = node.detach().to("cpu").contiguous()
         return {TENSOR_KEY: path or "tensor"}
     if isinstance(node, dict):
