@@ -18,6 +18,7 @@ from nanochat_model.errors import ConfigError
 
 T = TypeVar("T")
 HASH_LEN = 16  # hex digits: 64 bits, collisions below 1e-9 up to 100,000 runs
+NOT_IDENTITY = ("data.path", "eval.every_steps")  # of a config: they determine no result, and may differ when a run is run again
 
 
 def canonical_json(value: Any) -> str:
@@ -32,8 +33,9 @@ def content_hash(value: Any) -> str:
 def run_id(config: TrainConfig) -> str:
     """Hash of what determines the result; not of where the data lies, the devices or the micro-batch."""
     fields = dataclasses.asdict(config)
-    del fields["data"]["path"]
-    del fields["eval"]["every_steps"]
+    for key in NOT_IDENTITY:
+        section, name = key.split(".")
+        del fields[section][name]
     return content_hash(fields)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 from nanochat_model.checkpoint import CHECKPOINTS_DIR, CheckpointError, CheckpointState, checkpoint_hash, find_latest, read_state
 from nanochat_model.config import TrainConfig
 from nanochat_model.errors import ConfigError
+from nanochat_model.identity import NOT_IDENTITY
 from nanochat_model.loop import Multipliers
 from nanochat_model.overrides import dotted_keys
 from nanochat_model.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
@@ -18,7 +19,6 @@ from nanochat_model.schedule import lr_multiplier, muon_momentum, weight_decay_m
 #   exact       go on if the new schedule agrees with the old one at every step already done; an error otherwise
 #   follow_new  go on along the new schedule, although the steps already done followed the old one (tagged in the record)
 HorizonChange = Literal["refuse", "exact", "follow_new"]
-NOT_IDENTITY = ("data.path", "eval.every_steps")
 RESOLVED_KEYS = (
     "batch_tokens",
     "optimizer.weight_decay",

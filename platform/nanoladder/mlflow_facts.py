@@ -6,13 +6,14 @@ import datetime
 import time
 from typing import Any
 
+from nanochat_model.identity import NOT_IDENTITY
 from nanochat_model.record import CurvePoint, RunRecord
 from nanoladder.cells import Trial
 from nanoladder.space import format_values
 from nanoladder.sweep import Sweep
 
 TAG = "nanoladder."
-NOT_PARAMS = ("data.path", "eval.every_steps")  # not part of a run's identity, so they may differ when it is run again
+NOT_PARAMS = NOT_IDENTITY  # MLflow refuses another value of a parameter
 
 
 def point_metrics(point: CurvePoint, started_ms: int) -> list[Any]:
