@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -52,14 +52,11 @@ def plan_production(config: ProductionConfig, workspace: Workspace, *, built: bo
 
 def missing_inputs(config: ProductionConfig) -> list[str]:
     """What evaluation, fine-tuning and chat evaluation will want and is not there, to be said before pretraining, not after it."""
-    from nanochat_model.chat_eval import named_task
     from nanochat_model.core_bundle import locate
-    from nanochat_model.mixture import parse_sources
     from nanochat_model.tasks.catalog import source_files
 
     folder, missing = config.sft.tasks_dir, []
-    wanted = [(s.data, s.training_split) for s in parse_sources([s for s in config.sft.conversations if s != DEMO_CONVERSATIONS])]
-    wanted += [(named_task(task)[1], "") for task in config.chat.tasks if task != DEMO_CONVERSATIONS]
+    wanted = [*conversation_sources(config), *question_sources(config)]
     checks: list[Callable[[], object]] = [partial(source_files, source, tasks_dir=folder, split=split) for source, split in wanted]
     bundle = config.evaluation.core_bundle
     if bundle and bundle != "download" and "://" not in bundle:
@@ -70,6 +67,36 @@ def missing_inputs(config: ProductionConfig) -> list[str]:
         except ConfigError as e:
             missing.append(str(e))
     return list(dict.fromkeys(missing))
+
+
+def conversation_sources(config: ProductionConfig) -> list[tuple[str, str]]:
+    """Source and split of what fine-tuning is given, but for the project's own."""
+    from nanochat_model.mixture import parse_sources
+
+    given = parse_sources([s for s in config.sft.conversations if s != DEMO_CONVERSATIONS])
+    return [(s.data, s.training_split) for s in given]
+
+
+def question_sources(config: ProductionConfig) -> list[tuple[str, str]]:
+    """The same of the chat evaluation."""
+    from nanochat_model.chat_eval import named_task
+
+    return [(named_task(task)[1], "") for task in config.chat.tasks if task != DEMO_CONVERSATIONS]
+
+
+def file_facts(sources: Sequence[tuple[str, str]], tasks_dir: str) -> list[list[str | int]]:
+    """Path, size and time of every file of these sources: one that was edited is another input. Of a source that is gone nothing
+    (`missing_inputs` says so)."""
+    from nanochat_model.tasks.catalog import source_files
+
+    found: list[list[str | int]] = []
+    for source, split in sources:
+        try:
+            files = source_files(source, tasks_dir=tasks_dir, split=split)
+        except ConfigError:
+            continue
+        found += [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return found
 
 
 def production_stages(
@@ -110,10 +137,14 @@ def production_stages(
             name="evaluation", title="base evaluation", run=training.evaluate, parents=("pretraining",), inputs=asdict(c.evaluation)
         ),
         Stage(
-            name="sft", title="fine-tuning on conversations", run=chat.sft, parents=("pretraining",), inputs=asdict(c.sft),
+            name="sft", title="fine-tuning on conversations", run=chat.sft, parents=("pretraining",),
+            inputs=[asdict(c.sft), *file_facts(conversation_sources(c), c.sft.tasks_dir)],
             outputs=lambda f: [Path(f["folder"])],
         ),
-        Stage(name="chat", title="chat evaluation", run=chat.evaluate, parents=("sft",), inputs=asdict(c.chat)),
+        Stage(
+            name="chat", title="chat evaluation", run=chat.evaluate, parents=("sft",),
+            inputs=[asdict(c.chat), *file_facts(question_sources(c), c.sft.tasks_dir)],
+        ),
         Stage(
             name="report", title="report", run=chat.report, parents=("pretraining", "evaluation", "sft", "chat"),
             inputs=[c.name, c.device.price], outputs=lambda f: [ws.root / CARD_FILE],

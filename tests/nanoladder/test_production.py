@@ -14,11 +14,11 @@ import pytest
 from faulty_hub import DATASET, FaultyHub
 from rich.console import Console
 from small_text import texts
-from task_files import write_tasks
+from task_files import smoltalk_rows, write_jsonl, write_tasks
 
 from nanochat_model.errors import ConfigError
 from nanochat_model.record import RunRecord
-from nanoladder.production import missing_inputs, plan_production, run_production
+from nanoladder.production import missing_inputs, plan_production, production_stages, run_production
 from nanoladder.production_card import production_card
 from nanoladder.production_config import (
     ChatStage,
@@ -140,6 +140,23 @@ def test_what_later_stages_need_is_asked_for_first(tmp_path: Path) -> None:
         TINY, chat=replace(TINY.chat, tasks=("sums=/nowhere.jsonl",)), evaluation=EvaluationStage(core_bundle="/nowhere")
     )
     assert ["/nowhere.jsonl" in line or "CORE bundle" in line for line in missing_inputs(wrong)] == [True, True]
+
+
+def test_files_that_were_edited_are_another_input(tmp_path: Path) -> None:
+    chats, sums = write_jsonl(tmp_path / "chats.jsonl", smoltalk_rows(3)), write_jsonl(tmp_path / "sums.jsonl", smoltalk_rows(4))
+    config = replace(
+        TINY, sft=replace(TINY.sft, conversations=("demo", f"{chats}=2")), chat=replace(TINY.chat, tasks=("demo", f"sums={sums}"))
+    )
+
+    def inputs() -> dict[str, object]:
+        return {s.name: s.inputs for s in production_stages(config, Workspace(tmp_path / "root"))}
+
+    before = inputs()
+    assert inputs() == before
+    write_jsonl(chats, smoltalk_rows(5))
+    assert {n for n, given in inputs().items() if given != before[n]} == {"sft"}
+    write_jsonl(sums, smoltalk_rows(5))
+    assert {n for n, given in inputs().items() if given != before[n]} == {"sft", "chat"}
 
 
 def test_wrong_files_and_overrides_are_named(tmp_path: Path) -> None:
