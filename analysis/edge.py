@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from analysis.errors import DataError
-from analysis.noise import pool_variance
+from analysis.noise import SeedNoise, pool_variance
 from analysis.valley import fit_valley, locate
 
 Side = Literal["low", "high"]
@@ -47,13 +47,13 @@ def extend_grid(values: Sequence[float], side: Side, count: int = POINTS_PER_EXT
 
 
 def next_grid(
-    values: Sequence[float], losses: Sequence[float], *, extensions_done: int = 0, noise_sd: float | None = None
+    values: Sequence[float], losses: Sequence[float], *, extensions_done: int = 0, noise: SeedNoise | None = None
 ) -> Extension | None:
     """What to run next for a sweep over one knob, or None when its optimum is inside or it was extended twice already.
 
     `values`, `losses` (n,): the knob and the loss of every run (repeat a value for replicates), or another metric to be made
-    small; where it is not positive its own value takes the place of the logarithm. `noise_sd`: relative seed noise, with which
-    the vertex' and the curvature's interval count as well; without it and without spare points only the argmin does.
+    small; where it is not positive its own value takes the place of the logarithm. `noise`: the seed noise, with which the
+    vertex' and the curvature's interval count as well; without it and without spare points only the argmin does.
     """
     if extensions_done >= MAX_EXTENSIONS:
         return None
@@ -67,7 +67,7 @@ def next_grid(
     if (x == 0).any() and y[x == 0].mean() < min(y[x == v].mean() for v in np.unique(x[x > 0])):
         return Extension(values=tuple(extend_grid(x.tolist(), "low")), side="low", reason="the best value is 0, below the grid")
     valley = fit_valley(("knob",), x[x > 0], y[x > 0])
-    known = (float("nan"), 0.0) if noise_sd is None else (noise_sd**2, 30.0)
+    known = (float("nan"), 0.0) if noise is None else (noise.sd**2, float(noise.df))
     spare = (valley.rss / valley.df, float(valley.df)) if valley.df >= 2 else (float("nan"), 0.0)
     optimum = locate(valley, "knob", *pool_variance(known, spare))
     if optimum.edge == "interior":

@@ -25,6 +25,7 @@ from analysis.allocation.profile import leave_one_budget_out, profile_exponent
 from analysis.allocation.tools import jsonable
 from analysis.blas import single_blas_thread
 from analysis.errors import DataError
+from analysis.noise import SeedNoise
 from analysis.words import plural, was_were
 
 CONVENTIONS = ("matrices_lm_head", "all", "matrices")
@@ -44,14 +45,14 @@ def fit_allocation(
     target_flops: float | None = None,
     n_boot: int = NUM_BOOT,
     seed: int = SEED,
-    noise: Any = None,
+    noise: SeedNoise | None = None,
 ) -> dict[str, Any]:
     """All allocation laws of the runs in `frame`, as plain JSON-ready data.
 
     Columns used: N in the chosen convention, D, L; C (training FLOPs), budget (NaN for none), N_<convention> for the others,
     group (trunk run), outlier, run_id, embedding_share where present. target_flops: where predictions and ratios are given (10
-    times the largest compute otherwise). noise: None or an object with `.sd`, the relative seed noise. DataError where fewer than
-    five runs are usable; every other shortage is a status or a warning.
+    times the largest compute otherwise). noise: the seed noise, where it is known. DataError where fewer than five runs are
+    usable; every other shortage is a status or a warning.
     """
     usable, dropped = _usable(frame)
     runs = _runs(usable, "N")
@@ -59,15 +60,16 @@ def fit_allocation(
         raise DataError(
             f"{plural(runs.N.size, 'usable run')} for an allocation law of 5 parameters; add runs of other sizes and horizons"
         )
-    noise_sd = float(noise.sd) if noise is not None and math.isfinite(noise.sd) and noise.sd > 0 else None
+    if noise is not None and not (math.isfinite(noise.sd) and noise.sd > 0):
+        noise = None
     target = target_flops or 10 * float(runs.C.max())
-    fits = fit_loss_model(runs, noise_sd=noise_sd, n_boot=max(n_boot, NUM_DRAWS), seed=seed, thorough=True)
-    calibration = calibrate(runs, noise_sd=noise_sd, seed=seed)
+    fits = fit_loss_model(runs, noise=noise, n_boot=max(n_boot, NUM_DRAWS), seed=seed, thorough=True)
+    calibration = calibrate(runs, noise=noise, seed=seed)
     predictor = make_predictor(fits.model, calibration, _embedding_share(usable))
     boots = _bootstraps(fits, runs, usable, seed)
     grid = compute_grid(float(runs.C.min()), float(runs.C.max()), target_flops)
     path = optimum_path(fits.surface, list(boots.values()), grid, fits.model.rule)
-    conventions = _conventions(usable, convention, fits, path, grid, noise_sd, seed)
+    conventions = _conventions(usable, convention, fits, path, grid, noise, seed)
     prediction = predictor.at(target_C=target).as_dict()
     block = {
         "convention": convention,
@@ -231,7 +233,7 @@ def ratio_at(fit: ParametricFit, boots: list[Bootstrap], C: float, rule: FlopsRu
 
 
 def _conventions(
-    frame: pd.DataFrame, chosen: str, fits: Fits, path: dict[str, Any], grid: np.ndarray, noise_sd: float | None, seed: int
+    frame: pd.DataFrame, chosen: str, fits: Fits, path: dict[str, Any], grid: np.ndarray, noise: SeedNoise | None, seed: int
 ) -> dict[str, Any]:
     """Each way of counting N: its minima, exponents, path and steadiness."""
     spreads = {chosen: isoflop_steadiness(fits.isoflop)}
@@ -242,7 +244,7 @@ def _conventions(
         if name == chosen or column not in frame.columns or not (frame[column] > 0).all():
             continue
         runs = _sample(_runs(frame, column))
-        iso = fit_isoflop(runs.N, runs.D, runs.L, runs.budget, C=runs.C, noise_sd=noise_sd)
+        iso = fit_isoflop(runs.N, runs.D, runs.L, runs.budget, C=runs.C, noise=noise)
         rule = fit_flops_rule(runs.N, runs.D, runs.C)
         fit = fit_parametric(runs.N, runs.D, runs.L, thorough=False)
         boots = [bootstrap_parametric(fit, runs.N, runs.D, runs.L, n_boot=SIDE_BOOT, seed=seed)] if fit.status != "too_few" else []

@@ -31,6 +31,7 @@ from scipy import stats
 from analysis.allocation.isoflop import fit_isoflop
 from analysis.allocation.loss_model import LossModel, Runs, fit_loss_model
 from analysis.allocation.tools import jsonable
+from analysis.noise import SeedNoise
 
 MIN_BUDGETS = 4  # below, no interval: there is no fold to calibrate with
 FIRST_FOLD = 3  # budgets: as many as the frontier has parameters
@@ -122,7 +123,7 @@ class Calibration:
         )  # fmt: skip
 
 
-def calibrate(runs: Runs, *, noise_sd: float | None = None, seed: int = 0) -> Calibration:
+def calibrate(runs: Runs, *, noise: SeedNoise | None = None, seed: int = 0) -> Calibration:
     """Rolling origin over the budgets, lowest first. Runs on no isoFLOP line take part where their compute is below the budget."""
     levels, compute = runs.budgets, runs.C
     squares: list[float] = []
@@ -132,7 +133,7 @@ def calibrate(runs: Runs, *, noise_sd: float | None = None, seed: int = 0) -> Ca
     for k in range(first, levels.size):
         level = levels[k]
         below = np.flatnonzero(np.where(np.isfinite(runs.budget), runs.budget < level, compute <= levels[k - 1]))
-        model = fit_loss_model(runs.take(_thin(below)), noise_sd=noise_sd, seed=seed).model
+        model = fit_loss_model(runs.take(_thin(below)), noise=noise, seed=seed).model
         if not (model.has_frontier and model.has_surface):
             continue
         so_far = Calibration(mean_squares=tuple(squares), held_out=(), tilt_squares=tuple(tilts))
@@ -140,7 +141,7 @@ def calibrate(runs: Runs, *, noise_sd: float | None = None, seed: int = 0) -> Ca
         stretch = so_far.stretch() if k >= MIN_BUDGETS and squares else None
         rows = np.flatnonzero(runs.budget == level)
         fold = [_predict_run(model, runs, int(i), stretch) for i in _thin(rows)]
-        lowest = _predict_minimum(model, runs.take(rows), stretch, noise_sd)
+        lowest = _predict_minimum(model, runs.take(rows), stretch, noise)
         tilts += [tilt_square(fold, math.log(low.measured / low.predicted)) for low in lowest]
         fold += lowest
         judges = [h.z_level for h in fold if h.near and math.isfinite(h.z)]
@@ -180,10 +181,10 @@ def _predict_run(model: LossModel, runs: Runs, i: int, stretch: float | None) ->
     )  # fmt: skip
 
 
-def _predict_minimum(model: LossModel, top: Runs, stretch: float | None, noise_sd: float | None) -> list[HeldOut]:
+def _predict_minimum(model: LossModel, top: Runs, stretch: float | None, noise: SeedNoise | None) -> list[HeldOut]:
     """The lowest loss of the held-out budget against the frontier; nothing where its parabola has no minimum."""
     out = []
-    for low_point in fit_isoflop(top.N, top.D, top.L, top.budget, C=top.C, noise_sd=noise_sd).lowest:
+    for low_point in fit_isoflop(top.N, top.D, top.L, top.budget, C=top.C, noise=noise).lowest:
         value, expected = model.log_loss(low_point.C)
         own = low_point.sd if math.isfinite(low_point.sd) else model.noise_sd
         sd = math.hypot(expected, own)

@@ -18,6 +18,7 @@ from analysis.allocation.compute_law import ComputeLaw, fit_compute_law
 from analysis.allocation.tools import as_columns, jsonable
 from analysis.blas import single_blas_thread
 from analysis.errors import DataError
+from analysis.noise import SeedNoise
 from analysis.words import plural
 
 MIN_SIZES = 3  # different N in a budget
@@ -207,12 +208,12 @@ def move_to_budget(
 
 @single_blas_thread
 def fit_isoflop(
-    N: Any, D: Any, L: Any, budget: Any, *, C: Any = None, noise_sd: float | None = None, level: float = 0.9
+    N: Any, D: Any, L: Any, budget: Any, *, C: Any = None, noise: SeedNoise | None = None, level: float = 0.9
 ) -> IsoflopFit:
     """Parabolas per budget and the laws through their minima.
 
     N, D, L: (n,). budget: (n,) FLOPs of the group a run belongs to, NaN for none. C: the run's own FLOPs where they differ.
-    noise_sd: relative seed noise from replicates, used where the parabolas leave no residual to judge by.
+    noise: seed noise from replicates, used where the parabolas leave no residual to judge by.
     """
     n_, d_, l_ = as_columns(N=N, D=D, L=L)
     group = np.asarray(budget, dtype=float)
@@ -228,8 +229,8 @@ def fit_isoflop(
     lines_n = {c: _quadratic(sizes[i], loss[i]) for c, i in members.items()}
     lines_d = {c: _quadratic(tokens[i], loss[i]) for c, i in members.items()}
     minima = []
-    sd_n, df_n = _pooled(lines_n, members, loss, noise_sd)
-    sd_d, df_d = _pooled(lines_d, members, loss, noise_sd)
+    sd_n, df_n = _pooled(lines_n, members, loss, noise)
+    sd_d, df_d = _pooled(lines_d, members, loss, noise)
     for c, i in members.items():
         scale = float(loss[i].mean())
         line_n, line_d = lines_n[c], lines_d[c]
@@ -246,12 +247,12 @@ def fit_isoflop(
                 rows=tuple(int(r) for r in use[i]),
             )
         )
-    lowest, df = _lowest(minima, sizes, loss, members, noise_sd)
+    lowest, df = _lowest(minima, sizes, loss, members, noise)
     return _laws(tuple(minima), lowest, df, sd_n, level)
 
 
 def _lowest(
-    minima: list[BudgetMinimum], sizes: np.ndarray, loss: np.ndarray, members: dict[float, np.ndarray], noise_sd: float | None
+    minima: list[BudgetMinimum], sizes: np.ndarray, loss: np.ndarray, members: dict[float, np.ndarray], noise: SeedNoise | None
 ) -> tuple[tuple[LowestLoss, ...], int]:
     """Each budget's lowest loss from a second parabola over the runs within 4x of the vertex.
 
@@ -269,7 +270,7 @@ def _lowest(
         close = rows[np.abs(np.log(sizes[rows] / vertex)) <= math.log(LOCAL_SPAN) * (1 + 1e-9)]
         near[budget.C] = close if close.size >= LOCAL_MIN_RUNS else rows
     lines = {c: _quadratic(sizes[i], loss[i]) for c, i in near.items()}
-    sd, df = _pooled(lines, near, loss, noise_sd)
+    sd, df = _pooled(lines, near, loss, noise)
     out = []
     for c, line in lines.items():
         if line is None or line.beta[2] <= 0:
@@ -283,14 +284,14 @@ def _lowest(
 
 
 def _pooled(
-    lines: dict[float, _Line | None], members: dict[float, np.ndarray], loss: np.ndarray, noise_sd: float | None
+    lines: dict[float, _Line | None], members: dict[float, np.ndarray], loss: np.ndarray, noise: SeedNoise | None
 ) -> tuple[float, int]:
     """Relative standard deviation of one run about its parabola, pooled over budgets, and its degrees of freedom."""
     squares = sum(line.squares / float(loss[members[c]].mean()) ** 2 for c, line in lines.items() if line)
     df = sum(line.df for line in lines.values() if line)
     if df > 0:
         return math.sqrt(squares / df), df
-    return (noise_sd, 30) if noise_sd is not None else (math.nan, 0)
+    return (noise.sd, noise.df) if noise is not None else (math.nan, 0)
 
 
 def _message(parabola: Parabola | None, n: int) -> str:

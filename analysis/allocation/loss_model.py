@@ -27,6 +27,7 @@ from analysis.allocation.parametric import (
 )
 from analysis.allocation.tools import as_columns
 from analysis.errors import DataError
+from analysis.noise import SeedNoise
 
 NUM_DRAWS = 200  # of the surface and of the frontier; enough for a standard deviation to 5%
 SHAPE_DOUBT = 0.1  # of a penalty: how wrong the surface's shape off the optimum is, beyond its sampling error (held-out budgets)
@@ -164,15 +165,15 @@ class Fits:
 
 
 def fit_loss_model(
-    runs: Runs, *, noise_sd: float | None = None, n_boot: int = NUM_DRAWS, seed: int = 0, thorough: bool = False
+    runs: Runs, *, noise: SeedNoise | None = None, n_boot: int = NUM_DRAWS, seed: int = 0, thorough: bool = False
 ) -> Fits:
-    """Surface with bootstrap, parabolas, frontier. noise_sd: relative seed noise from replicates, if known."""
+    """Surface with bootstrap, parabolas, frontier. noise: seed noise from replicates, if known."""
     rule = fit_flops_rule(runs.N, runs.D, runs.C)
     surface = fit_parametric(runs.N, runs.D, runs.L, thorough=thorough)
     boot = None
     if surface.status != "too_few":
         boot = bootstrap_parametric(surface, runs.N, runs.D, runs.L, n_boot=n_boot, seed=seed)
-    iso = fit_isoflop(runs.N, runs.D, runs.L, runs.budget, C=runs.C, noise_sd=noise_sd)
+    iso = fit_isoflop(runs.N, runs.D, runs.L, runs.budget, C=runs.C, noise=noise)
     low = iso.lowest
     frontier = fit_frontier([p.C for p in low], [p.L for p in low], sd=[p.sd for p in low], sd_df=iso.lowest_df or 4, seed=seed)
     ratio = runs.D / runs.N
@@ -185,7 +186,7 @@ def fit_loss_model(
         frontier_status=frontier.status,
         frontier_draws=frontier.draws[:NUM_DRAWS],
         rule=rule,
-        noise_sd=noise_sd if noise_sd is not None else run_noise(surface, runs),
+        noise_sd=noise.sd if noise is not None else run_noise(surface, runs),
         num_budgets=len(low),
         C_range=(float(runs.C.min()), float(runs.C.max())),
         ratio_range=(float(ratio.min()), float(ratio.max())),

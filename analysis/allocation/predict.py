@@ -14,6 +14,7 @@ from analysis.allocation.loss_model import LossModel, fit_loss_model, make_runs
 from analysis.allocation.parametric import FlopsRule
 from analysis.allocation.tools import jsonable
 from analysis.errors import DataError
+from analysis.noise import SeedNoise
 from analysis.words import plural
 
 WARN_EXTRAPOLATION, REFUSE_EXTRAPOLATION = 10.0, 100.0  # of the largest compute fitted
@@ -271,16 +272,16 @@ def predict_loss(
     target_N: float | None = None,
     target_D: float | None = None,
     level: float = 0.9,
-    noise_sd: float | None = None,
+    noise: SeedNoise | None = None,
     seed: int = 0,
 ) -> Prediction:
     """Fit runs N, D, L (n,) in isoFLOP groups `budget` (n,), calibrate on their own budgets, and predict at the target.
 
-    C (n,): the runs' FLOPs where they differ from the budget. noise_sd: relative seed noise from replicates.
+    C (n,): the runs' FLOPs where they differ from the budget. noise: seed noise from replicates.
     """
     runs = make_runs(N, D, L, budget=budget, C=C)
-    model = fit_loss_model(runs, noise_sd=noise_sd, seed=seed, thorough=True).model
-    return make_predictor(model, calibrate(runs, noise_sd=noise_sd, seed=seed)).at(
+    model = fit_loss_model(runs, noise=noise, seed=seed, thorough=True).model
+    return make_predictor(model, calibrate(runs, noise=noise, seed=seed)).at(
         target_C=target_C, target_N=target_N, target_D=target_D, level=level
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +19,7 @@ from analysis.allocation import (
 )
 from analysis.allocation.parametric import surface_optimum
 from analysis.errors import DataError
+from analysis.noise import SeedNoise
 
 
 def frame_of(runs, **more) -> pd.DataFrame:
@@ -106,8 +106,8 @@ def test_conventions_side_by_side():
 
 def test_seed_noise_of_replicates_enters():
     frame = frame_of(demo_ladder())
-    quiet = fit_allocation(frame, n_boot=200, noise=SimpleNamespace(sd=0.001))["prediction"]
-    loud = fit_allocation(frame, n_boot=200, noise=SimpleNamespace(sd=0.05))["prediction"]
+    quiet = fit_allocation(frame, n_boot=200, noise=SeedNoise(sd=0.001, df=6))["prediction"]
+    loud = fit_allocation(frame, n_boot=200, noise=SeedNoise(sd=0.05, df=6))["prediction"]
     assert loud["run_high"] / loud["run_low"] > 1.1 * quiet["run_high"] / quiet["run_low"]
 
 

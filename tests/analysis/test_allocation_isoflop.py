@@ -10,6 +10,7 @@ from allocation_tables import HOFFMANN, ladder, table
 
 from analysis.allocation import fit_compute_law, fit_isoflop, ratio_steadiness, steadiest
 from analysis.errors import DataError
+from analysis.noise import SeedNoise
 
 # nanochat, January 2026: optima of four budgets (really 1e18, 2.15e18, 4.64e18, 1e19), N in millions, D in billions, exponents.
 NANOCHAT_C = np.array([1e18, 2.15e18, 4.64e18, 1e19])
@@ -90,6 +91,20 @@ def test_no_curvature_is_flat_and_few_sizes_are_too_few():
     assert flat.budgets[0].status == "flat"
     two = fit_isoflop(N[:2], 1e18 / N[:2], [3.0, 3.1], [1e18, 1e18])
     assert two.budgets[0].status == "too_few" and two.N_law.status == "too_few" and two.as_dict()["N_exponent"] is None
+
+
+def test_seed_noise_judges_where_three_sizes_leave_nothing_and_is_trusted_as_far_as_it_goes():
+    """Three runs fix a parabola: its interval then is the seed noise's, by t with as many degrees of freedom as that has."""
+    r = ladder(HOFFMANN, 10.0 ** np.arange(18, 21), sizes=3, span=4)
+    assert math.isnan(fit_isoflop(r.N, r.D, r.L, r.budget).lowest[0].sd)
+
+    def width(df: int) -> float:
+        fit = fit_isoflop(r.N, r.D, r.L, r.budget, noise=SeedNoise(sd=1e-4, df=df))
+        assert fit.lowest_df == df and fit.residual_sd == 1e-4
+        low, high = fit.budgets[0].in_N.interval
+        return math.log(high / low)
+
+    assert width(2) / width(1000) == pytest.approx(2.920 / 1.646, rel=0.02)
 
 
 def test_runs_off_their_budget_are_moved_onto_it():

@@ -7,6 +7,7 @@ import pytest
 
 from analysis.edge import extend_grid, next_grid
 from analysis.errors import DataError
+from analysis.noise import SeedNoise
 from analysis.valley import fit_valley, locate
 
 UNKNOWN = (float("nan"), 0.0)
@@ -135,5 +136,5 @@ def test_next_grid_extends_twice_then_stops():
 def test_next_grid_with_noise_also_distrusts_a_vague_vertex():
     x = np.array([1.0, 2, 4, 8])
     loss = 1 + 0.004 * np.log(x / 3.6) ** 2
-    assert next_grid(x, loss, noise_sd=1e-4) is None
-    assert next_grid(x, loss, noise_sd=0.02) is not None
+    assert next_grid(x, loss, noise=SeedNoise(sd=1e-4, df=30)) is None
+    assert next_grid(x, loss, noise=SeedNoise(sd=0.02, df=30)) is not None
