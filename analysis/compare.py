@@ -153,7 +153,7 @@ def compare_recipes(
     for axis in axes:
         if axis not in AXES:
             raise DataError(f"axis {axis!r} is unknown; known: {', '.join(AXES)}")
-        found[axis] = _along(axis, baseline, candidate, ends_b, ends_c, difference, (s, s_se, source), alpha)
+        found[axis] = _along(axis, candidate, ends_b, ends_c, difference, (s, s_se, source), alpha)
     return Comparison(axes=found, num_pairs=difference.num_pairs, summary=_summary(found))
 
 
@@ -276,7 +276,6 @@ def _slope(baseline: Mapping[int, np.ndarray], slope: tuple[float, float] | None
 
 def _along(
     axis: str,
-    baseline: Mapping[int, np.ndarray],
     candidate: Mapping[int, np.ndarray],
     ends_b: Mapping[int, np.ndarray],
     ends_c: Mapping[int, np.ndarray],

@@ -2,6 +2,6 @@
 
 from analysis.fit import fit_laws
 from analysis.law import STATUSES, Law, Prediction, Status
-from analysis.laws_file import LAW_NAMES, SCHEMA_VERSION, Laws
+from analysis.laws_file import SCHEMA_VERSION, Laws
 
-__all__ = ["LAW_NAMES", "SCHEMA_VERSION", "STATUSES", "Law", "Laws", "Prediction", "Status", "fit_laws"]
+__all__ = ["SCHEMA_VERSION", "STATUSES", "Law", "Laws", "Prediction", "Status", "fit_laws"]

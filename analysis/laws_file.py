@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,8 +19,6 @@ from analysis.weight_decay import WeightDecayLaw
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("laws.schema.json")
-LAW_NAMES = ("allocation", "batch_size", "learning_rate", "weight_decay")
-GOOD = "converged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,30 +39,6 @@ class Laws:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     left_out: tuple[dict[str, str], ...] = ()
-
-    def statuses(self) -> dict[str, str]:
-        """Status by law name, of those that were fitted."""
-        out = {}
-        if self.allocation is not None:
-            surface = self.allocation.get("parametric") or {}
-            out["allocation"] = str(self.allocation.get("status") or surface.get("status") or "too_few")
-        for name in ("batch_size", "learning_rate", "weight_decay"):
-            law = getattr(self, name)
-            if law is not None:
-                out[name] = law.status
-        return out
-
-    def check_usable(self, override: Sequence[str] = (), *, names: Sequence[str] = LAW_NAMES) -> None:
-        """Raise DataError when a law among `names` has a bad status and is not overridden by name."""
-        unknown = [n for n in (*override, *names) if n not in LAW_NAMES]
-        if unknown:
-            raise DataError(f"law {unknown[0]!r} is unknown; laws are {', '.join(LAW_NAMES)}")
-        bad = {n: s for n, s in self.statuses().items() if n in names and s != GOOD and n not in override}
-        if bad:
-            listed = ", ".join(f"{n} is {s}" for n, s in bad.items())
-            raise DataError(
-                f"these laws are not to be relied on: {listed}; run what their messages ask for, or override them by name"
-            )
 
     def as_dict(self) -> dict[str, Any]:
         """The content of laws.json, plain data."""

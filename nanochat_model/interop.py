@@ -165,7 +165,7 @@ def read_nanochat(src: str | os.PathLike[str], step: int | None = None) -> Nanoc
     meta = _read_meta(meta_path)
     config = config_from_nanochat(meta["model_config"], str(meta_path))
     weights = {name.removeprefix(PREFIX): w for name, w in _read_tensors(path).items()}
-    _refuse_older(weights, config, path)
+    _refuse_older(weights, path)
     filled = _fill_missing(weights, config)
     _check_shapes(weights, config, path)
     weights = {name: w.float().contiguous() for name, w in weights.items()}
@@ -255,7 +255,7 @@ def config_to_nanochat(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def _refuse_older(weights: dict[str, Tensor], config: GPTConfig, path: Path) -> None:
+def _refuse_older(weights: dict[str, Tensor], path: Path) -> None:
     """Raise ConfigError for a model of an earlier nanochat. Its weights might fit, but what they meant has changed since, without a
     trace in the files: the softcap, the rotary base, the range of gates, the scale of queries and keys, the short window (nanochat
     gpt.py at 6ed7d1d, 2026-03-09, and a825e63, 2026-03-14). Logits computed by today's constants would be wrong."""

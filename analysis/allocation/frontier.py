@@ -52,16 +52,6 @@ class FrontierFit:
         c = np.atleast_1d(np.asarray(C, dtype=float)) / self.C0
         return np.asarray(self.draws[:, :1] + self.draws[:, 1:2] * c[None, :] ** -self.draws[:, 2:3])
 
-    def log_sd(self, C: float) -> float:
-        """Standard deviation of log L*(C), before calibration."""
-        return float(np.log(self.draw_losses(C)[:, 0]).std()) if self.draws.size else math.nan
-
-    def compute_for(self, loss: float) -> float | None:
-        """FLOPs at which the frontier reaches `loss`; None at or below E."""
-        if not (math.isfinite(self.E) and loss > self.E):
-            return None
-        return self.C0 * ((loss - self.E) / self.kappa0) ** (-1 / self.gamma)
-
     def as_dict(self) -> dict[str, Any]:
         keys = ("E", "kappa", "gamma", "C0", "kappa0", "n", "status", "message", "residual_sd", "point_sd", "C_range")
         prior = {"log_gamma_mean": math.log(self.prior[0]), "log_gamma_sd": self.prior[1]}

@@ -26,9 +26,6 @@ class Problem:
     z: np.ndarray
     delta: float
 
-    def with_delta(self, delta: float) -> Problem:
-        return Problem(x=self.x, y=self.y, z=self.z, delta=delta)
-
 
 def log_surface(theta: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Centred log loss of the surfaces theta (R, 5) at the points x, y (n,): (R, n)."""

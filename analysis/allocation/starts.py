@@ -87,7 +87,7 @@ def face_starts(theta: np.ndarray, box: Box) -> np.ndarray:
     return np.vstack(faces)
 
 
-def distinct(theta: np.ndarray, value: np.ndarray, count: int) -> np.ndarray:
+def distinct(value: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` lowest minima whose values differ by more than 1e-9 of themselves, best first."""
     order = np.argsort(value, kind="stable")
     chosen = [order[0]]
@@ -117,7 +117,7 @@ def search(problem: Problem, weights: np.ndarray, *, thorough: bool = True) -> t
     if thorough:
         starts = np.vstack([starts, share_starts()])
     theta, value, _ = minimize(Evaluator(problem, case), starts, box, SCOUT_ITERATIONS, race=thorough)
-    keep = distinct(theta, value, NUM_SURVIVORS)
+    keep = distinct(value, NUM_SURVIVORS)
     theta, value = theta[keep], value[keep]
     rng = np.random.default_rng(0)
     for _ in range(NUM_ROUNDS if thorough else 1):
@@ -126,11 +126,11 @@ def search(problem: Problem, weights: np.ndarray, *, thorough: bool = True) -> t
         new = np.vstack([theta, face_starts(theta, box), np.repeat(theta, NUM_MOVES, axis=0) + moves if thorough else theta[:0]])
         new_theta, new_value, _ = minimize(Evaluator(problem, case), new, box, race=True)
         theta, value = np.vstack([theta, new_theta]), np.concatenate([value, new_value])
-        keep = distinct(theta, value, NUM_SURVIVORS)
+        keep = distinct(value, NUM_SURVIVORS)
         theta, value = theta[keep], value[keep]
     if full[0] is not problem:
         theta, value, _ = minimize(Evaluator(*full), theta[:3], box)
-        keep = distinct(theta, value, NUM_SURVIVORS)
+        keep = distinct(value, NUM_SURVIVORS)
         theta, value = theta[keep], value[keep]
     return exact(full[0], full[1][0], theta, value, box)
 

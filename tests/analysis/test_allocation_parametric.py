@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def random_problem(seed: int) -> Problem:
 
 @pytest.mark.parametrize("delta", [1e-3, 0.02, math.inf])
 def test_gradient_and_hessian_against_differences(delta):
-    problem = random_problem(1).with_delta(delta)
+    problem = replace(random_problem(1), delta=delta)
     rng = np.random.default_rng(2)
     weights = rng.uniform(0.5, 2, (3, problem.x.size))
     theta = np.array([-1.0, -1.2, -0.4, 0.4, 0.35]) + 0.1 * rng.normal(size=(3, 5))

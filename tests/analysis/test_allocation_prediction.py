@@ -40,7 +40,6 @@ def test_frontier_without_noise_is_exact():
     fit = fit_frontier(C, L, sd=np.full(6, 1e-9))
     assert (fit.E, fit.gamma) == pytest.approx((1.69, GAMMA), rel=1e-5) and fit.status == "converged"
     assert float(fit.loss(1e24)) == pytest.approx(true_loss(1e24), rel=1e-6)
-    assert fit.compute_for(true_loss(1e22)) == pytest.approx(1e22, rel=1e-4) and fit.compute_for(1.6) is None
 
 
 def test_frontier_with_few_budgets():
@@ -49,7 +48,8 @@ def test_frontier_with_few_budgets():
     assert fit_frontier(C[:2], L[:2]).status == "too_few"
     three = fit_frontier(C, L)
     assert three.status == "not_identifiable" and 0 <= three.E < 2.63
-    assert three.log_sd(1e21) > 2 * three.log_sd(1e19) > 0
+    far, near = np.log(three.draw_losses([1e21, 1e19])).std(axis=0)
+    assert far > 2 * near > 0
     rising = fit_frontier(C, L[::-1])
     assert rising.status == "at_bound" and "does not fall" in rising.message
 

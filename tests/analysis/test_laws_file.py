@@ -106,13 +106,3 @@ def test_torn_and_missing_files(laws, tmp_path):
     path.write_text("[1, 2]")
     with pytest.raises(DataError, match="laws schema 'list'"):
         Laws.load(path)
-
-
-def test_a_bad_status_blocks_until_it_is_overridden_by_name(laws):
-    assert laws.statuses() == {"allocation": "converged", "batch_size": "converged", "weight_decay": "not_identifiable"}
-    with pytest.raises(DataError, match="weight_decay is not_identifiable"):
-        laws.check_usable()
-    laws.check_usable(override=("weight_decay",))
-    laws.check_usable(names=("allocation", "batch_size"))
-    with pytest.raises(DataError, match="law 'decay' is unknown"):
-        laws.check_usable(override=("decay",))
