@@ -52,13 +52,16 @@ def test_norms_are_those_of_gradients_and_updates(session: Session) -> None:
 
 
 def test_dead_and_saturated_units_are_counted(session: Session) -> None:
-    """Units whose weights are zero never fire."""
-    fc = session.model.transformer["h"][1].mlp.c_fc.weight
+    """Units whose weights are zero never fire; where all positions are alike, a unit fires at each of them or at none."""
+    _, second, third = (block.mlp.c_fc for block in session.model.transformer["h"])
     with torch.no_grad():
-        fc[: fc.shape[0] // 4] = 0
+        second.weight[: second.weight.shape[0] // 4] = 0
+    third.register_forward_pre_hook(lambda module, args: (torch.ones_like(args[0]),))
     metrics = diagnostics.activation_metrics(session.model, session.batch(0), session.stepper)
     assert 0.25 <= metrics["dead_units/1"] < 0.5 and metrics["dead_units/0"] < 0.1
-    assert all(0 <= metrics[f"saturated_units/{i}"] < 0.2 for i in range(3))
+    firing = (third.weight.sum(1) > 0).float().mean().item()
+    assert 0.1 < firing < 0.9 and metrics["saturated_units/2"] == pytest.approx(firing)
+    assert metrics["dead_units/2"] == pytest.approx(1 - firing)
 
 
 def test_largest_logit_is_the_largest_allowed_product() -> None:
