@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanochat_model.errors import ConfigError
 
@@ -43,7 +43,7 @@ class ListenOptions:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
     allow_remote: bool = False
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)  # a replica that does not start is logged with what it was given
     allowed_hosts: tuple[str, ...] = ()  # further names under which a server on loopback answers (a proxy's)
 
     def __post_init__(self) -> None:
