@@ -136,7 +136,7 @@ def download(
     known = _known(folder, source)
     present = {f.name: k for f in wanted if (k := _present(f, folder, known.get(f.name), check)) is not None}
     missing = [f for f in wanted if f.name not in present]
-    _check_space(folder, sum(f.size or 0 for f in missing))
+    _check_space(folder, sum(max(0, (f.size or 0) - part_bytes(f.name, folder)) for f in missing))
     before = sum(k["size"] for k in present.values()) + sum(part_bytes(f.name, folder) for f in missing)
     line = Line(headers=source.headers, patience=patience or Patience())
     run = _Run(source, folder, wanted, present, before, line, progress, check_file or check_parquet)

@@ -207,7 +207,9 @@ def _frozen(rows: list[dict[str, Any]], metrics: list[str], distributions: dict[
     from nanoladder.study import thin
 
     statuses = {r["status"] for r in rows}
-    state = TrialState.COMPLETE if statuses == {"complete"} else TrialState.FAIL if "failed" in statuses else TrialState.PRUNED
+    judged = statuses == {"complete"} and all(r[m] is not None for r in rows for m in metrics)  # some runs measure no CORE
+    stopped = "stopped" in statuses and "failed" not in statuses
+    state = TrialState.COMPLETE if judged else TrialState.PRUNED if stopped else TrialState.FAIL
     record = records.get(rows[0]["run_id"]) if len(metrics) == 1 else None  # Optuna keeps curves of one objective only
     params = rows[0]["values"]
     return optuna.trial.create_trial(

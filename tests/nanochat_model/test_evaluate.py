@@ -79,9 +79,9 @@ def evaluate_ranks(rank: int, world_size: int):
 
 
 def test_training_mode_is_given_back(model: GPT, rows: tuple[np.ndarray, np.ndarray]) -> None:
-    model.train()
-    evaluate_loss(model, rows)
-    assert model.training
+    for training in (False, True):
+        evaluate_loss(model.train(training), rows)
+        assert model.training is training
 
 
 def test_fp8_is_for_training_alone() -> None:

@@ -74,6 +74,14 @@ def test_wheels_and_labels_are_the_vendors(name: str, index: str, label: str) ->
 
 
 def test_a_sweep_for_a_device_goes_to_nodes_of_that_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_have_a_role_for_the_bucket() -> None:
+    """Ray gives the one that it makes to the head alone (ray/autoscaler/_private/aws/config.py, _configure_iam_role)."""
+    config = prepared("cluster.yaml")
+    assert "NANOLADDER_STORAGE=s3://" in starts(config)[1]
+    workers = [t["node_config"] for name, t in config["available_node_types"].items() if name != config["head_node_type"]]
+    assert workers and all(w.get("IamInstanceProfile") for w in workers)
+
+
     assert coming_gpus(ROOT / "cluster.yaml") == {"h100"} and coming_gpus(tmp_path / "none") == set()
     both = NodeLabels(present=frozenset({"h100", "mi300x"}))
     assert both.selector("h100") == {"gpu": "h100"} and both.selector("cpu") == both.selector("") == {}

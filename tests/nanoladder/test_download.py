@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -192,6 +194,23 @@ def test_a_full_disk_is_no_broken_connection(hub: FaultyHub, tmp_path: Path) -> 
     file = url_file(f"{hub.endpoint}/datasets/{DATASET}/resolve/main/shard_00000.parquet")
     with pytest.raises(ConfigError, match="No space left"):
         fetch(file, tmp_path, Line(patience=QUICK), full)
+
+
+def test_room_is_asked_for_what_has_not_arrived(hub: FaultyHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = find_source(DATASET, endpoint=hub.endpoint)
+    total = sum(f.size or 0 for f in source.files)
+    free = total - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    with pytest.raises(ConfigError, match="GB are to be fetched"):
+        download(source, tmp_path / "out", patience=QUICK)
+    free = total
+    hub.cut_after["shard_00001"] = [3000, *[0] * 20]
+    with pytest.raises(ConfigError, match="1 of 5 files could not be had"):
+        download(source, tmp_path / "out", patience=QUICK)
+    hub.cut_after.clear()
+    free = (source.files[1].size or 0) - 3000
+    download(source, tmp_path / "out", patience=QUICK)
+    assert stored(tmp_path / "out") == originals(hub)
 
 
 def test_pages_of_a_mirror_begin_at_a_number(hub: FaultyHub) -> None:

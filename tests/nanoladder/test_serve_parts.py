@@ -98,6 +98,7 @@ def test_what_clients_send_is_understood() -> None:
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"top_k": 1.5}, "top_k", "valid integer"),
+        ({"top_p": float("nan")}, "top_p", "finite number"),  # which Python's JSON reads and writes
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"seed": "x"}, "seed", "valid integer"),
         ({"stop": ["a"] * 5}, "stop", "up to 4 texts"),

@@ -30,7 +30,7 @@ from nanoladder.space import Choice, Grid, LogUniform
 from nanoladder.study import CellStudy, open_storage
 from nanoladder.sweep import Sweep
 from nanoladder.sweep_index import IndexWriter, read_index
-from nanoladder.sync import sync
+from nanoladder.sync import _frozen, sync
 from nanoladder.system_use import SystemUse
 from nanoladder.tracking import MlflowMirror, MlflowWriter, connect
 from nanoladder.workspace import Workspace
@@ -131,6 +131,14 @@ def test_optuna_is_made_again_from_records(tmp_path: Path) -> None:
     before = {r.info.run_id for r in children(workspace, "grid")}  # type: ignore[attr-defined]
     run(workspace, GRID, MlflowMirror(workspace.mlflow_uri, artifacts=tmp_path))
     assert {r.info.run_id for r in children(workspace, "grid")} == before  # type: ignore[attr-defined]
+
+def test_runs_without_the_metric_are_told_as_failed() -> None:
+    """As the command that ran them does: a fine-tuning measures no CORE."""
+    rows = [{"run_id": "r", "seed": seed, "values": {}, "status": "complete", "core": None} for seed in (0, 1)]
+    assert _frozen(rows, ["core"], {}, {}).state.name == "FAIL"
+    assert _frozen([{**r, "core": 0.25} for r in rows], ["core"], {}, {}).value == 0.25
+    assert _frozen([rows[0], {**rows[1], "status": "stopped"}], ["core"], {}, {}).state.name == "PRUNED"
+
 
 
 def test_trials_of_a_dead_command_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
