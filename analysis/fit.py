@@ -102,7 +102,7 @@ def _allocation(
         block = fit_allocation(sizes, convention=table.convention, target_flops=target_flops, n_boot=n_boot, seed=seed, noise=noise)
     except DataError as e:
         return None, str(e)
-    return block, ""
+    return {**block, "loss_name": table.loss_name}, ""
 
 
 def _table_warnings(table: RunTable, sizes: pd.DataFrame, set_aside: int) -> list[str]:

@@ -15,19 +15,24 @@ from analysis.errors import DataError
 
 RECORD_SCHEMA = 1
 RECORD_FILE = "record.json"
+PLACES = (RECORD_FILE, f"*/{RECORD_FILE}", f"runs/*/{RECORD_FILE}")
 LEARNING_RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
 
 
 def find_records(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Record files under the given folders (or the files given themselves), sorted. DataError when there is none."""
+    """Record files of the given folders (or the files given themselves), sorted: in a run's folder, in a folder of runs, or in a
+    storage root. DataError when there is none; no deeper search, which would be one of the whole disk for a mistaken path."""
     given = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     found: list[Path] = []
     for path in given:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder; give the folder that holds the runs' {RECORD_FILE} files")
-        found += sorted(path.rglob(RECORD_FILE)) if path.is_dir() else [path]
+        found += [p for place in PLACES for p in sorted(path.glob(place))] if path.is_dir() else [path]
     if not found:
-        raise DataError(f"no {RECORD_FILE} under {', '.join(map(str, given))}; run a sweep first, or give another folder")
+        raise DataError(
+            f"no run records in {', '.join(map(str, given))}; give a folder that holds runs/*/{RECORD_FILE} (a storage "
+            f"root), */{RECORD_FILE} (its runs) or {RECORD_FILE}, or run a sweep first"
+        )
     return found
 
 

@@ -18,10 +18,9 @@ from analysis.columns import CONVENTIONS, choose_columns, standard_frame
 from analysis.errors import DataError
 from analysis.read_table import read_table
 from analysis.records import read_records
-from analysis.words import plural
+from analysis.words import BITS_PER_BYTE, plural
 
 NO_CONVENTION = "as given"
-BITS_PER_BYTE = "validation bpb"  # the loss of records, MLflow and nanochat's tables
 USUAL_FLOPS_FACTOR = 10.0  # C/(N·D) lies within this of 6, whatever N counts
 NANOCHAT_COLUMNS = (
     "flops_budget", "depth", "model_dim", "params_wte", "params_value_embeds", "params_lm_head", "params_transformer",
@@ -212,8 +211,7 @@ def load_csv(
             raise DataError(f"{path}: no column {drop_outliers!r} to drop outliers by; columns: {', '.join(map(str, raw.columns))}")
         frame["drop"] = np.where(_as_bool(raw[drop_outliers]), f"flagged in column {drop_outliers}", "")
     frame["row"] = [f"row {line}" for line in raw.index]  # line of the file
-    loss_name = BITS_PER_BYTE if "bpb" in chosen["loss"].lower() else "loss"
-    return table_from_frame(frame, source=str(path), convention=convention, loss_name=loss_name, notes=notes)
+    return table_from_frame(frame, source=str(path), convention=convention, loss_name=loss_name_of(chosen["loss"]), notes=notes)
 
 
 def load_nanochat_results(path: str | Path, *, convention: str = "matrices_lm_head") -> RunTable:
@@ -223,6 +221,11 @@ def load_nanochat_results(path: str | Path, *, convention: str = "matrices_lm_he
     if missing:
         raise DataError(f"{path}: not nanochat's results.csv, column {missing[0]!r} is missing; use load_csv with a mapping")
     return _nanochat_table(raw, str(path)).with_convention(convention)
+
+
+def loss_name_of(column: str) -> str:
+    """What the loss in somebody's column is called: bits per byte where its name says so."""
+    return BITS_PER_BYTE if "bpb" in column.lower() else "loss"
 
 
 def _as_bool(values: pd.Series) -> pd.Series:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+BITS_PER_BYTE = "validation bpb"  # the loss of records, MLflow and nanochat's tables
+
 
 def plural(number: int, noun: str, many: str | None = None) -> str:
     """1 run, 2 runs, 1,000 runs; `many` where the plural is not the noun with an s."""

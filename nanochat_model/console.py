@@ -12,6 +12,7 @@ from nanochat_model.callbacks import Callback, StepInfo
 from nanochat_model.config import RuntimeConfig, TrainConfig
 from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.identity import run_id
+from nanochat_model.recipe import erasing_decay
 from nanochat_model.record import CurvePoint, RunRecord
 from nanochat_model.step_shares import describe_startup, describe_times
 
@@ -89,8 +90,8 @@ def describe_diagnostics(metrics: Mapping[str, float]) -> list[str]:
 
 
 def describe(config: TrainConfig) -> str:
-    """What a config means, in a few lines."""
-    counts, per_token = count_params(config.model), flops_per_token(config.model)
+    """What a config means, in a few lines, and what is wrong with it."""
+    counts, per_token, problem = count_params(config.model), flops_per_token(config.model), erasing_decay(config)
     return "\n".join(
         [
             f"run {run_id(config)}: depth {config.model.depth}, width {config.model.model_dim}, {counts.total:,} parameters, "
@@ -98,6 +99,7 @@ def describe(config: TrainConfig) -> str:
             f"{config.num_tokens:,} tokens in {config.num_steps:,} steps of {config.batch_tokens:,} "
             f"({config.num_tokens / counts.scaling:.1f} a scaling parameter), {config.num_tokens * per_token:.3g} FLOPs",
             f"matrix_lr {config.optimizer.matrix_lr:.4g}, weight_decay {config.optimizer.weight_decay:.4g}, {config.compute_dtype}",
+            *([f"warning: {problem}"] if problem else []),
         ]
     )
 

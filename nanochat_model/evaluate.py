@@ -5,6 +5,7 @@ B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 
 from nanochat_model.distributed import all_sum, current_ranks
 from nanochat_model.errors import ConfigError
+from nanochat_model.out_of_memory import is_out_of_memory, release_memory
 
+_log = logging.getLogger(__name__)
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # tokens a forward pass; fixed by device, so that no other setting moves the result
 
 
@@ -63,24 +66,38 @@ def sum_losses(
     lengths = None if token_bytes is None else torch.as_tensor(token_bytes).to(device)
     nats = torch.zeros(len(starts), dtype=torch.float64, device=device)
     counts = torch.zeros(len(starts), 2, dtype=torch.float64, device=device)
-    was_training = model.training
+    was_training, fitting = model.training, chunk
     model.eval()
     # On a CPU an evaluation is over before a compiler would be, and it should not depend on whether training is compiled.
     compiled = model.__dict__.pop("features", None) if device.type == "cpu" else None
     try:
         for i in range(ranks.rank, len(starts), ranks.world_size):
             x, y = (_rows(r, starts[i], chunk, fill).to(device) for r, fill in ((inputs, 0), (targets, -1)))
-            loss = model.loss(x, y, reduction="none").reshape(y.shape)
             size = (y >= 0).long() if lengths is None else torch.where(y >= 0, lengths[y.clamp(min=0)], 0)
-            counted = size > 0
-            nats[i] = torch.where(counted, loss, 0.0).sum(dtype=torch.float64)
-            counts[i, 0], counts[i, 1] = size.sum(), counted.sum()
+            nats[i], fitting = _sum_nats(model, x, y, size > 0, fitting)
+            counts[i, 0], counts[i, 1] = size.sum(), (size > 0).sum()
     finally:
         if compiled is not None:
             model.features = compiled
         model.train(was_training)
     total_bytes, total_targets = all_sum(counts).sum(0).tolist()
     return math.fsum(all_sum(nats).tolist()), int(total_bytes), int(total_targets)
+
+
+def _sum_nats(model: Any, x: torch.Tensor, y: torch.Tensor, counted: torch.Tensor, rows: int) -> tuple[torch.Tensor, int]:
+    """Σ nats (float64, a scalar) where `counted` (B, T), so many `rows` at a time, and for how many memory sufficed: where it
+    runs out they are halved, down to one."""
+    while True:
+        try:
+            parts = [slice(start, start + rows) for start in range(0, len(x), rows)]
+            losses = [torch.where(counted[s], model.loss(x[s], y[s], reduction="none").reshape(y[s].shape), 0.0) for s in parts]
+            return torch.stack([loss.sum(dtype=torch.float64) for loss in losses]).sum(), rows
+        except Exception as e:
+            if rows == 1 or not is_out_of_memory(e):
+                raise
+        release_memory()  # here: the exception held on to what was computed
+        rows = min(rows, len(x)) // 2 or 1
+        _log.warning("out of memory in an evaluation: goes on with %d rows at a time", rows)
 
 
 def _rows(rows: torch.Tensor, start: int, count: int, fill: int) -> torch.Tensor:

@@ -50,6 +50,11 @@ def apply_overrides(config: T, overrides: Mapping[str, Any]) -> T:
     return _apply(config, overrides, "")
 
 
+def take(overrides: dict[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove the keys of `like` from `overrides`; their values, as the types of those in `like`. ConfigError on another type."""
+    return {k: coerce(overrides.pop(k), v, type(v), k) for k, v in like.items() if k in overrides}
+
+
 def _apply(config: Any, overrides: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(type(config))
     changes: dict[str, Any] = {}
@@ -63,6 +68,17 @@ def _apply(config: Any, overrides: Mapping[str, Any], prefix: str) -> Any:
     return dataclasses.replace(config, **changes)
 
 
+def whole(value: Any) -> int:
+    """`value` (perhaps text, perhaps 1e6) as an integer, exactly. Raises ValueError or OverflowError where it is none."""
+    try:
+        return int(str(value))  # a float would round above 2^53
+    except ValueError:
+        number = float(value)
+        if number != int(number):
+            raise
+        return int(number)
+
+
 def coerce(value: Any, current: Any, hint: Any, key: str) -> Any:
     """`value` (perhaps text from a command line) as the type of the field it replaces. Raises ConfigError naming `key`."""
     if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
@@ -73,9 +89,7 @@ def coerce(value: Any, current: Any, hint: Any, key: str) -> Any:
                 raise ValueError
             return str(value).lower() in ("true", "1")
         if isinstance(current, int):
-            if float(value) != int(float(value)):
-                raise ValueError
-            return int(float(value))
+            return whole(value)
         if isinstance(current, float):
             return float(value)
         if isinstance(current, tuple):

@@ -16,10 +16,11 @@ from nanochat_model.config import DataConfig, EvalConfig, GPTConfig, OptimizerCo
 from nanochat_model.counts import count_params
 from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
-from nanochat_model.overrides import apply_overrides
+from nanochat_model.overrides import apply_overrides, take
 
 D12_SCALING_PARAMS = 110_100_912  # transformer_matrices + lm_head at d12, V = 32768; checked in tests
-RESOLVE_KEYS = ("batch_tokens", "lr_multiplier", "weight_decay_multiplier")
+MAX_SHRINK = 0.05  # of the weights, by decay alone, in one step at the peak rate: 20 steps then forget everything; d12 has 0.006
+RESOLVE_KEYS = {"batch_tokens": 0, "lr_multiplier": 1.0, "weight_decay_multiplier": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +107,10 @@ class Recipe:
         not divide, and on a horizon shorter than one step.
         """
         overrides = dict(overrides or {})
-        early = {k: overrides.pop(k) for k in RESOLVE_KEYS if k in overrides}
+        early = take(overrides, RESOLVE_KEYS)
         horizon = horizon or Horizon(tokens_per_param=self.tokens_per_param)
         scaling = float(count_params(model).scaling)
-        batch = int(early["batch_tokens"]) if "batch_tokens" in early else 0
+        batch = early.get("batch_tokens", 0)
         if not batch:
             if horizon.num_steps is not None:
                 batch = self._batch_for_steps(model, scaling, horizon.num_steps)
@@ -118,7 +119,7 @@ class Recipe:
         tokens = horizon.tokens(model, batch)
         steps = horizon.num_steps or max(1, _whole_steps(horizon, tokens / batch))
         symbols = {"N": scaling, "D": tokens, "B": float(batch), "width": float(model.model_dim)}
-        scale = self.lr_multiplier(**symbols) * float(early.get("lr_multiplier", 1.0))
+        scale = self.lr_multiplier(**symbols) * early.get("lr_multiplier", 1.0)
         decay = self.weight_decay(**symbols, lr=self.optimizer.matrix_lr * scale)
         optimizer = replace(
             self.optimizer,
@@ -126,7 +127,7 @@ class Recipe:
             embedding_lr=self.optimizer.embedding_lr * scale,
             unembedding_lr=self.optimizer.unembedding_lr * scale,
             scalar_lr=self.optimizer.scalar_lr * scale,
-            weight_decay=decay * float(early.get("weight_decay_multiplier", 1.0)),
+            weight_decay=decay * early.get("weight_decay_multiplier", 1.0),
         )
         config = TrainConfig(
             model=model,
@@ -155,6 +156,19 @@ class Recipe:
         for _ in range(100):
             batch = self.batch_size(N=scaling, D=steps * batch, width=model.model_dim)
         return self._round_batch(batch, model)
+
+
+def erasing_decay(config: TrainConfig) -> str:
+    """What to say where learning rate × weight decay would leave nothing of the weights; "" where it would not. The product is
+    some 14 divided by the number of steps by nanochat's rules, at any size: runs of under 280 steps have it."""
+    shrink = config.optimizer.matrix_lr * config.optimizer.weight_decay
+    if shrink <= MAX_SHRINK:
+        return ""
+    return (
+        f"learning rate × weight decay is {shrink:.2g} a step, the weights would be gone in a few: {config.num_steps:,} steps on "
+        f"{config.num_tokens:.3g} tokens are far from where this rule holds; set optimizer.weight_decay, or start from a recipe or "
+        "run of this scale"
+    )
 
 
 def _whole_steps(horizon: Horizon, steps: float) -> int:

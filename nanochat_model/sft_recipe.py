@@ -12,7 +12,7 @@ from typing import Any
 from nanochat_model.config import DataConfig, EvalConfig, GPTConfig, TrainConfig
 from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
-from nanochat_model.overrides import apply_overrides
+from nanochat_model.overrides import apply_overrides, take
 from nanochat_model.recipe import Recipe
 
 WITH_OPTIMIZER, WEIGHTS_ALONE = "sft:", "sft-weights:"  # how a config's trunk begins; the base checkpoint's hash follows
@@ -83,10 +83,11 @@ class SFTRecipe(Recipe):
         overrides = dict(overrides or {})
         if "weight_decay_multiplier" in overrides:
             raise ConfigError("a fine-tuning has weight decay 0; give optimizer.weight_decay in place of weight_decay_multiplier")
-        batch = int(overrides.pop("batch_tokens", 0)) or self.sft.batch_tokens or self.inherited.batch_tokens
-        rates = self.sft.lr_fraction * float(overrides.pop("lr_multiplier", 1.0))
+        early = take(overrides, {"batch_tokens": 0, "lr_multiplier": 1.0, "num_steps": 0})
+        batch = early.get("batch_tokens") or self.sft.batch_tokens or self.inherited.batch_tokens
+        rates = self.sft.lr_fraction * early.get("lr_multiplier", 1.0)
         inherited, s = self.inherited, self.sft
-        num_steps = int(overrides.pop("num_steps", 0)) or self._num_steps(horizon, batch)
+        num_steps = early.get("num_steps") or self._num_steps(horizon, batch)
         config = replace(
             inherited,
             optimizer=replace(

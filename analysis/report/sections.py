@@ -13,6 +13,10 @@ from analysis.report import format as fmt
 from analysis.report.blocks import Content, Figures, Html, chip, details, join, lead, missing, rich, table, tag
 
 Facts = Mapping[str, Any]
+TWO_PREDICTIONS = (
+    "This was predicted before the run, for its own N and D. The prediction at the top is for the best N and D at its compute, by "
+    "the laws as they are now: the two, and their intervals, may differ a little."
+)
 NO_INTERVAL = fmt.interval(None, None, str)
 NOTICE_WORDS = {"bad": "Problem", "warn": "Caution", "note": "Note"}
 
@@ -287,6 +291,8 @@ def prediction(facts: Facts, figures: Figures) -> Html:
             body.append(details("Each budget held out", held_out_table(held_out["rows"])))
     body.append(tag("h3", "Against the production run"))
     body.append(missing(production["missing"]) if production.get("missing") else production_table(production, facts["loss_name"]))
+    if fmt.is_number(production.get("predicted")) and fmt.is_number(facts["prediction"].get("value")):
+        body.append(tag("p", TWO_PREDICTIONS, "text"))
     if frontier.get("missing"):
         body.insert(1, missing(frontier["missing"]))
     return section("prediction", "Predicted and measured", join(body), facts["prediction"].get("verdict"))

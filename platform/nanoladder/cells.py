@@ -13,14 +13,14 @@ from nanochat_model.counts import count_params
 from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
 from nanochat_model.identity import run_id
-from nanochat_model.overrides import apply_overrides, dotted_keys
+from nanochat_model.overrides import apply_overrides, dotted_keys, take
 from nanochat_model.recipe import RESOLVE_KEYS
 from nanoladder.space import Times, Value, enumerate_space, format_values
 from nanoladder.sweep import BASELINE, Cell, Sweep
 
 VARIANT = "variant"  # the one dimension of a sweep with variants
 BATCH_MULTIPLIER = "batch_multiplier"  # of the cell's own batch by the recipe's rule
-CANDIDATE_KEYS = (*RESOLVE_KEYS, BATCH_MULTIPLIER)
+CANDIDATE_KEYS = {**RESOLVE_KEYS, BATCH_MULTIPLIER: 1.0}  # and what each is like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +68,16 @@ def resolve_config(
     """
     overrides, times = _stack((sweep.overrides, cell.overrides, candidate_overrides(sweep, values or {})))
     _check_keys({**overrides, **times}, sweep.name)
+    overrides |= take(overrides, CANDIDATE_KEYS)
     of_model = {k.removeprefix("model."): overrides.pop(k) for k in list(overrides) if k.startswith("model.")}
     model = apply_overrides(cell.model, of_model)
-    factor = float(overrides.pop(BATCH_MULTIPLIER, 1.0)) * times.pop(BATCH_MULTIPLIER, 1.0) * times.pop("batch_tokens", 1.0)
+    factor = overrides.pop(BATCH_MULTIPLIER, 1.0) * times.pop(BATCH_MULTIPLIER, 1.0) * times.pop("batch_tokens", 1.0)
     if factor != 1.0:
-        rows = float(overrides.get("batch_tokens", 0)) / model.sequence_len
+        rows = overrides.get("batch_tokens", 0) / model.sequence_len
         rows = rows or sweep.recipe.resolve(model, cell.horizon).rows_per_batch
         overrides["batch_tokens"] = max(1, round(rows * factor)) * model.sequence_len
     for key in [k for k in times if k in RESOLVE_KEYS]:
-        overrides[key] = float(overrides.get(key, 1.0)) * times.pop(key)
+        overrides[key] = overrides.get(key, 1.0) * times.pop(key)
     if times:
         plain = flatten(sweep.recipe.resolve(model, cell.horizon, overrides=overrides))
         overrides |= {k: _multiplied(k, plain[k], factor, sweep.name) for k, factor in times.items()}

@@ -132,4 +132,4 @@ def interval_text(prediction: LossPrediction | None) -> str:
     if prediction is None:
         return "no prediction"
     interval = f" [{prediction.low:.4f}, {prediction.high:.4f}]" if prediction.low is not None else " without an interval"
-    return f"predicted {prediction.val_bpb:.4f}{interval} bpb"
+    return f"predicted {prediction.loss:.4f}{interval} bpb"

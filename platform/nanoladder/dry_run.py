@@ -11,6 +11,7 @@ from nanochat_model.counts import count_params
 from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import find_device
 from nanochat_model.memory import choose_micro_batch_rows, estimate_memory
+from nanochat_model.recipe import MAX_SHRINK
 from nanochat_model.record import RunRecord
 from nanoladder.cells import Trial, planned_trials
 from nanoladder.pool import trial_flops
@@ -20,7 +21,6 @@ from nanoladder.terminal import format_seconds
 from nanoladder.throughput import SECONDS_PER_HOUR
 from nanoladder.trial_needs import trial_seconds, trial_speed
 
-MOST_DECAY = 0.1  # of the weights a step; 0.006 at nanochat's d12
 CPU_MICRO_BATCH_TOKENS = 4096  # what a CPU likes best (a measured range; the model's own choice has the last word)
 
 
@@ -126,7 +126,7 @@ def _notes(plans: Sequence[TrialPlan]) -> list[str]:
     """A cell whose weight decay eats the model: a rule far from where it was measured."""
     worst = max(plans, key=lambda p: p.lr_matrix * p.weight_decay)
     share = worst.lr_matrix * worst.weight_decay
-    if share < MOST_DECAY:
+    if share <= MAX_SHRINK:
         return []
     return [
         f"cell {worst.cell}: weight decay {worst.weight_decay:.4g} at learning rate {worst.lr_matrix:.4g} takes {share:.0%} of the "

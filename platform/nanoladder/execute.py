@@ -23,7 +23,7 @@ from nanoladder.live_status import StatusWriter
 from nanoladder.node_labels import NO_LABELS, NodeLabels, coming_gpus, present_gpus, resources_of_nodes
 from nanoladder.pool import CellWork, Pool, make_works, trial_tags
 from nanoladder.prune import Pruner
-from nanoladder.run_lock import exclusive
+from nanoladder.run_lock import exclusive, remove_abandoned
 from nanoladder.sharing import fit_share, share_runtime
 from nanoladder.stopping import StopWatch, SweepStopped
 from nanoladder.study import CellStudy, open_storage
@@ -157,7 +157,7 @@ def _train(
     num_cpus: int | None,
     train_function: str,
 ) -> None:
-    from nanoladder.ray_init import alive, ensure_ray
+    from nanoladder.ray_init import ensure_ray
 
     session = ensure_ray(workspace, num_cpus=num_cpus, address=address)
     import ray
@@ -185,11 +185,10 @@ def _train(
         stop=StopWatch([workspace.sweep_dir(s.name) for s in sweeps]),
     )
     scratch = workspace.root / "tune"
-    here = f"@{socket.gethostname()}"
-    for folder in scratch.glob(f"*-*{here}"):  # of commands that were killed; those of another host may be alive
-        if not alive(int(folder.name.partition("-")[0])):
-            shutil.rmtree(folder, ignore_errors=True)
-    fit(scheduler, scratch / f"{os.getpid()}-{time.time_ns()}{here}")
+    remove_abandoned(scratch.glob("*"))
+    mine = scratch / f"{os.getpid()}-{time.time_ns()}@{socket.gethostname()}"
+    with exclusive(mine, "Tune's scratch"):
+        fit(scheduler, mine)
     if scheduler.stopping is not None and not pool.done:
         names = ", ".join(s.name for s in sweeps)
         raise SweepStopped(f"{names} stopped on request by {scheduler.stopping.requested_by}; the same command goes on from here")

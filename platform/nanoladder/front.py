@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,26 +13,45 @@ FRONT_FILE = "front.html"
 
 
 def fronts(index: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Cell -> its complete candidates (candidate, values, a mean over seeds for each objective, on_front), the best of the first
-    objective first. `index`: a sweep's index with "objectives"."""
+    """Cell -> its complete candidates (candidate, values, run_ids, a mean over seeds for each objective, on_front), the best of the
+    first objective first. `index`: a sweep's index with "objectives"."""
     objectives: Mapping[str, str] = index["objectives"]
+    signs = {m: -1.0 if direction == "maximize" else 1.0 for m, direction in objectives.items()}
+    first = next(iter(signs))
+    found = {}
+    for cell, points in _means(index).items():
+        for p in points:
+            p["on_front"] = not any(_beats(q, p, signs) for q in points)
+        found[cell] = sorted(points, key=lambda p: signs[first] * p[first])
+    return found
+
+
+def best_candidates(index: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Cell -> its best candidate by the (first) metric, as in `fronts`; of cells in which one is complete."""
+    first, direction = next(iter(index["objectives"].items()))
+    pick = max if direction == "maximize" else min
+    return {cell: pick(points, key=lambda p: p[first]) for cell, points in _means(index).items() if points}
+
+
+def _means(index: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Cell -> its complete candidates with the mean over seeds of each objective."""
+    metrics = list(index["objectives"])
     cells: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
     for row in index["trials"]:
         cells.setdefault(row["cell"], {}).setdefault(row["candidate"], []).append(row)
-    return {cell: _front(candidates, objectives) for cell, candidates in cells.items()}
-
-
-def _front(candidates: Mapping[int, Sequence[Mapping[str, Any]]], objectives: Mapping[str, str]) -> list[dict[str, Any]]:
-    points = []
-    for number, rows in candidates.items():
-        if all(r["status"] == "complete" and all(r.get(m) is not None for m in objectives) for r in rows):
-            means = {m: fmean(r[m] for r in rows) for m in objectives}
-            points.append({"candidate": number, "values": dict(rows[0]["values"]), **means})
-    signs = {m: -1.0 if direction == "maximize" else 1.0 for m, direction in objectives.items()}
-    for p in points:
-        p["on_front"] = not any(_beats(q, p, signs) for q in points)
-    first = next(iter(signs))
-    return sorted(points, key=lambda p: signs[first] * p[first])
+    return {
+        cell: [
+            {
+                "candidate": number,
+                "values": dict(rows[0]["values"]),
+                "run_ids": [r["run_id"] for r in rows],
+                **{m: fmean(r[m] for r in rows) for m in metrics},
+            }
+            for number, rows in candidates.items()
+            if all(r["status"] == "complete" and all(r.get(m) is not None for m in metrics) for r in rows)
+        ]
+        for cell, candidates in cells.items()
+    }
 
 
 def _beats(one: Mapping[str, Any], other: Mapping[str, Any], signs: Mapping[str, float]) -> bool:

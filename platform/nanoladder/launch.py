@@ -247,7 +247,7 @@ def judge(record: RunRecord, prediction: LossPrediction | None) -> dict[str, Any
         "run_id": record.run_id,
         "status": record.status,
         "measured": record.val_bpb,
-        "predicted": prediction.val_bpb if prediction else None,
+        "predicted": prediction.loss if prediction else None,
         "low": prediction.low if prediction else None,
         "high": prediction.high if prediction else None,
         "error": None,
@@ -258,8 +258,8 @@ def judge(record: RunRecord, prediction: LossPrediction | None) -> dict[str, Any
     measured = f"measured {record.val_bpb:.4f} bpb"
     if prediction is None:
         return {**facts, "text": f"{measured}; nothing was predicted"}
-    error = record.val_bpb / prediction.val_bpb - 1
-    text = f"predicted {prediction.val_bpb:.4f}, {measured} ({error:+.2%})"
+    error = record.val_bpb / prediction.loss - 1
+    text = f"predicted {prediction.loss:.4f}, {measured} ({error:+.2%})"
     inside = None
     if prediction.low is not None and prediction.high is not None:
         inside = prediction.low <= record.val_bpb <= prediction.high

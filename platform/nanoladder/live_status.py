@@ -22,7 +22,7 @@ from nanoladder.cells import Trial
 from nanoladder.facts_file import SCHEMA_VERSION, read_facts
 from nanoladder.job_context import JOB_CONFIG_ENV
 from nanoladder.listen import Listener
-from nanoladder.pool import CellWork, metric_of, trial_flops
+from nanoladder.pool import CellWork, trial_flops
 from nanoladder.sweep import Sweep
 from nanoladder.workspace import Workspace
 
@@ -49,7 +49,6 @@ class _Live:
     flops_trained: float = 0.0
     running: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
 
     @property
     def devices_per_trial(self) -> float:
@@ -116,13 +115,6 @@ class StatusWriter(Listener):
             live.lost_device_seconds += held
         else:
             live.device_seconds += record_seconds(record) * record.num_devices / live.sweep.trials_per_device
-        value = metric_of(live.sweep, record)
-        if record.status == "complete" and value is not None and (live.best is None or self._better(live, value)):
-            live.best = {"value": value, "cell": trial.cell, "values": dict(trial.values), "run_id": trial.run_id}
-
-    def _better(self, live: _Live, value: float) -> bool:
-        assert live.best is not None
-        return value > live.best["value"] if live.sweep.direction == "maximize" else value < live.best["value"]
 
     def _end(self, live: _Live, trial: Trial) -> float:
         """Device-seconds of a trial that runs no more."""
@@ -180,11 +172,23 @@ class StatusWriter(Listener):
             "devices_per_trial": live.devices_per_trial,
             "device_seconds": live.device_seconds,
             "lost_device_seconds": live.lost_device_seconds,
-            "best": live.best,
+            "best": _best(live),
             "running": list(live.running.values()),
             "failures": live.failures,
         }
         write_atomic(self._workspace.sweep_dir(name) / STATUS_FILE, json.dumps(facts, indent=1))
+
+
+def _best(live: _Live) -> dict[str, Any] | None:
+    """The best candidate whose runs are all done, by the mean over its seeds."""
+    sign = -1.0 if live.sweep.direction == "maximize" else 1.0
+    found = [(sign * v, n, c) for n, w in enumerate(live.works) for c, v in w.values.items() if v is not None]
+    if not found:
+        return None
+    value, number, candidate = min(found)
+    work = live.works[number]
+    runs, values = work.records[candidate], work.study.candidates[candidate].values
+    return {"value": sign * value, "cell": work.cell.label, "values": dict(values), "run_id": runs[min(runs)].run_id}
 
 
 def record_seconds(record: RunRecord) -> float:
@@ -211,12 +215,20 @@ def read_status(sweep_dir: Path) -> dict[str, Any] | None:
 
 def driver_lives(status: Mapping[str, Any]) -> bool:
     """Whether the process that wrote a status still runs: asked of this machine, or judged by its last sign of life."""
-    from nanoladder.ray_init import alive
-
     if status["host"] == socket.gethostname():
-        return alive(int(status["pid"]))
+        return _alive(int(status["pid"]))
     age = time.time() - datetime.datetime.fromisoformat(status["updated_at"]).timestamp()
     return age < SILENT_SECONDS
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _now() -> str:

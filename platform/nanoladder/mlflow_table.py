@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis.columns import KEYS
 from analysis.errors import DataError
-from analysis.table import RunTable, table_from_frame
+from analysis.table import RunTable, loss_name_of, table_from_frame
 from nanoladder.mlflow_facts import NOT_PARAMS, TAG
 from nanoladder.tracking import EXPERIMENT, connect
 
@@ -38,7 +38,7 @@ def load_mlflow(uri: str, experiment: str = EXPERIMENT, mapping: Mapping[str, st
     runs = _runs(uri, experiment)
     source = f"MLflow {uri}, experiment {experiment}"
     if mapping is not None:
-        return table_from_frame(_mapped(runs, mapping, source), source=source)
+        return table_from_frame(_mapped(runs, mapping, source), source=source, loss_name=loss_name_of(mapping["loss"]))
     rows = {run.data.tags[TAG + "run_id"]: _row(run) for run in reversed(runs) if TAG + "run_id" in run.data.tags}
     if not rows:
         raise DataError(f"{source}: none of {len(runs)} runs was logged by a sweep; give a column mapping")

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from analysis.words import BITS_PER_BYTE
 from nanochat_model.config import TrainConfig
 from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.errors import ConfigError
@@ -26,9 +27,14 @@ PREDICTION_KEYS = ("run_id", "N", "D", "C", "predicted", "low", "high", "surface
 def prediction_facts(
     config: TrainConfig, prediction: LossPrediction | None, uses: Sequence[RuleUse], laws_hash: str = ""
 ) -> dict[str, Any]:
-    """prediction.json: what will run, what it should reach, from which laws, and when that was said."""
+    """prediction.json: what will run, the bits per byte it should reach (of which laws of another loss say nothing), from which
+    laws, and when that was said."""
     counts = count_params(config.model)
     p = prediction
+    reasons = list(p.reasons) if p else ["no usable allocation law"]
+    if p is not None and p.loss_name != BITS_PER_BYTE:
+        reasons = [f"the laws' loss is {p.loss_name!r} ({p.loss:.4f} here), a run measures bits per byte"]
+        p = None
     return {
         "predicted_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "laws_hash": laws_hash,
@@ -36,12 +42,12 @@ def prediction_facts(
         "N": counts.scaling,
         "D": config.num_tokens,
         "C": float(flops_per_token(config.model)) * config.num_tokens,
-        "predicted": p.val_bpb if p else None,
+        "predicted": p.loss if p else None,
         "low": p.low if p else None,
         "high": p.high if p else None,
-        "surface": p.surface_bpb if p else None,
+        "surface": p.surface_loss if p else None,
         "verdict": p.verdict if p else "refuse",
-        "reasons": list(p.reasons) if p else ["no usable allocation law"],
+        "reasons": reasons,
         "uses": [asdict(use) for use in uses],
         "config": json.loads(canonical_json(asdict(config))),
     }
@@ -64,10 +70,10 @@ def said_prediction(facts: Mapping[str, Any]) -> LossPrediction | None:
     if facts["predicted"] is None:
         return None
     return LossPrediction(
-        val_bpb=facts["predicted"],
+        loss=facts["predicted"],
         low=facts["low"],
         high=facts["high"],
-        surface_bpb=facts["surface"],
+        surface_loss=facts["surface"],
         level=None,
         extrapolation=None,
         verdict=facts["verdict"],

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from analysis.words import BITS_PER_BYTE
 from nanochat_model.config import DataConfig, GPTConfig, TrainConfig
 from nanochat_model.counts import ParamCounts, count_params, flops_per_token
 from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import find_device
 from nanochat_model.horizon import Horizon
 from nanochat_model.memory import FP32, MemoryEstimate, choose_micro_batch_rows, estimate_memory
-from nanochat_model.recipe import NANOCHAT, Recipe
+from nanochat_model.recipe import NANOCHAT, Recipe, erasing_decay
 from nanochat_model.record import RunRecord
 from nanoladder.laws_to_recipe import PREDICTION, LawRecipe, Laws, RuleUse, convention_of, optimal_horizon, recipe_from_laws
 from nanoladder.target import Target
@@ -25,22 +26,22 @@ SHARD_BYTES = 250e6  # characters in one shard of nanochat's ClimbMix set, about
 EMBEDDING_SHARE_WARNING = 0.5  # embeddings above this share: the loss says little about larger models
 KEPT_BY_BEST_FIT = 0.65  # of the tokens of a web corpus at T = 2048; the rest is cut off and dropped (nanochat's log)
 GIVEN_BY = {"batch_size": "batch_tokens", "learning_rate": "optimizer.matrix_lr", "weight_decay": "optimizer.weight_decay"}
-MAX_SHRINK = 0.05  # of the weights, by decay alone, in one step at the peak rate: 20 steps then forget everything
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossPrediction:
-    """Predicted bpb of one run, seed noise included. `low` and `high` are null where the laws allow no interval; verdict: ok,
-    warn or refuse."""
+    """Predicted loss of one run, seed noise included, in the unit of the runs that the laws were fitted to (`loss_name`). `low`
+    and `high` are null where the laws allow no interval; verdict: ok, warn or refuse."""
 
-    val_bpb: float
+    loss: float
     low: float | None
     high: float | None
-    surface_bpb: float | None
+    surface_loss: float | None
     level: float | None
     extrapolation: float | None  # compute over the largest fitted compute
     verdict: str
     reasons: tuple[str, ...] = ()
+    loss_name: str = BITS_PER_BYTE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,14 +223,15 @@ def predict(allocation: Mapping[str, Any] | None, config: TrainConfig) -> LossPr
     )
     low, high = p.run_interval if p.run_interval is not None else (None, None)
     return LossPrediction(
-        val_bpb=p.value,
+        loss=p.value,
         low=low,
         high=high,
-        surface_bpb=p.surface_value,
+        surface_loss=p.surface_value,
         level=p.level,
         extrapolation=p.extrapolation,
         verdict=p.verdict,
         reasons=tuple(p.reasons),
+        loss_name=allocation.get("loss_name", BITS_PER_BYTE),
     )
 
 
@@ -254,6 +256,11 @@ def _warnings(
         lines.append("no loss is predicted: no usable allocation law")
     elif prediction.verdict != "ok" and not refused:
         lines += [f"prediction: {reason}" for reason in prediction.reasons] or [f"prediction: verdict {prediction.verdict}"]
+    if prediction is not None and prediction.loss_name != BITS_PER_BYTE:
+        lines.append(
+            f"the laws' loss is {prediction.loss_name!r} of the table they were fitted to, a run measures bits per byte: its "
+            "result will not be held against the prediction"
+        )
     if config.num_steps < 100:
         lines.append(f"{config.num_steps} steps are few: warm-up alone takes {config.schedule.warmup_steps}; take a smaller batch")
     return lines
@@ -264,18 +271,13 @@ def _refused_prediction(prediction: LossPrediction | None) -> list[str]:
     if prediction is None or prediction.verdict != "refuse":
         return []
     return [
-        f"prediction {prediction.val_bpb:.4f} bpb has verdict 'refuse' ({'; '.join(prediction.reasons)}); plan within reach of the "
-        f"laws, go on in spite of it with --accept-law {PREDICTION}, or predict nothing with --without-law allocation"
+        f"prediction of {prediction.loss_name} {prediction.loss:.4f} has verdict 'refuse' ({'; '.join(prediction.reasons)}); plan "
+        f"within reach of the laws, go on in spite of it with --accept-law {PREDICTION}, or predict nothing with "
+        "--without-law allocation"
     ]
 
 
 def _erasing_decay(config: TrainConfig) -> list[str]:
     """A rule carried far from where it was measured may ask for a decay that leaves nothing of the weights: no run to launch."""
-    shrink = config.optimizer.matrix_lr * config.optimizer.weight_decay
-    if shrink <= MAX_SHRINK:
-        return []
-    return [
-        f"learning rate × weight decay is {shrink:.2g} a step, the weights would be gone in a few: {config.num_tokens:.3g} tokens "
-        "are far from where this rule holds; start from a recipe or run of this scale (--recipe), fit a weight-decay law, or set "
-        "optimizer.weight_decay"
-    ]
+    problem = erasing_decay(config)
+    return [f"{problem} (--recipe), or fit a weight-decay law"] if problem else []

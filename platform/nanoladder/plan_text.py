@@ -47,7 +47,7 @@ def plan_sections(plan: LaunchPlan) -> list[Section]:
                 ("other rates", _rates(plan)),
                 ("weight decay", f"{c.optimizer.weight_decay:.4g}  ← {uses['weight_decay']}"),
                 ("FLOPs", f"{plan.train_flops:.3g} ({plan.flops_per_token:.3g} a token)"),
-                ("predicted bpb", predicted_text(plan)),
+                (f"predicted {plan.prediction.loss_name if plan.prediction else 'loss'}", predicted_text(plan)),
             ],
         ),
         ("Time and money", _time_rows(plan)),
@@ -82,8 +82,8 @@ def predicted_text(plan: LaunchPlan) -> str:
         return "none (no usable allocation law)"
     interval = f" [{p.low:.4f}, {p.high:.4f}]" if p.low is not None else " (no interval)"
     distance = f", {p.extrapolation:.1f}× the largest fitted compute" if p.extrapolation else ""
-    surface = f", surface {p.surface_bpb:.4f}" if p.surface_bpb is not None else ""
-    return f"{p.val_bpb:.4f}{interval}, verdict {p.verdict}{distance}{surface}"
+    surface = f", surface {p.surface_loss:.4f}" if p.surface_loss is not None else ""
+    return f"{p.loss:.4f}{interval}, verdict {p.verdict}{distance}{surface}"
 
 
 def _time_rows(plan: LaunchPlan) -> list[tuple[str, str]]:

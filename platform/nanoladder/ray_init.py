@@ -6,11 +6,11 @@ one machine side by side. Its temporary files lie in one folder of ours and are 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -23,6 +23,7 @@ from typing import Any
 from nanochat_model.errors import ConfigError
 from nanoladder.handout import MAX_PENDING
 from nanoladder.job_context import JOB_CONFIG_ENV
+from nanoladder.run_lock import exclusive, remove_abandoned
 
 PACKAGES = ("nanoladder", "nanochat_model", "analysis")
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through Ray's object store
@@ -50,6 +51,14 @@ SETTINGS = {
 # Of a cluster of our own: no node of it is ever taken away, so no process of each run needs to watch for that.
 LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
+# Of such a cluster too, but read when `ray` is imported: Ray gives itself up where its node and its helpers are not there in 30 s,
+# a process in 60. From a cold shared disk, or beside other work, their imports alone take longer.
+PATIENCE = {
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "300",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RaySession:
@@ -64,6 +73,7 @@ class RaySession:
 
 
 _session: RaySession | None = None
+_held = contextlib.ExitStack()  # the lock of a session that was started here
 
 
 def ensure_ray(
@@ -82,19 +92,21 @@ def ensure_ray(
     sockets lie in it. Raises ConfigError where the address cannot be reached or the folder is too long.
     """
     global _session
+    address = address or os.environ.get("RAY_ADDRESS") or ""
+    is_local = address in ("", "local")
+    for name, value in {**SETTINGS, **(PATIENCE if is_local else {})}.items():
+        os.environ.setdefault(name, value)
     import ray
 
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
     if ray.is_initialized():
         if _session is None:
             _session = _describe(started_here=False)
         return _session
     logging.getLogger("ray").setLevel(logging.ERROR)
-    address = address or os.environ.get("RAY_ADDRESS") or ""
-    if address in ("", "local"):
+    if is_local:
         _start_local(num_cpus, num_gpus, temp_dir, object_store_bytes)
         _session = _describe(started_here=True)
+        _held.enter_context(exclusive(Path(_session.session_dir), "this Ray session"))
     else:
         check_address(address)
         _join(address)
@@ -113,6 +125,7 @@ def shutdown_ray() -> None:
     ray.shutdown()
     if session is not None and session.started_here and session.session_dir:
         shutil.rmtree(session.session_dir, ignore_errors=True)
+        _held.close()
 
 
 def default_temp_dir() -> Path:
@@ -125,7 +138,7 @@ def _start_local(num_cpus: int | None, num_gpus: int | None, temp_dir: str | Pat
     import ray
 
     folder = check_temp_dir(Path(temp_dir) if temp_dir else default_temp_dir())
-    remove_stale_sessions(folder)
+    remove_abandoned(folder.glob("session_*"))
     secure_token_file()
     for name, value in LOCAL_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -196,24 +209,6 @@ def check_temp_dir(folder: Path) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def remove_stale_sessions(folder: Path) -> None:
-    """Remove what killed processes left in our own folder: sessions are named by the process that started them."""
-    for session in folder.glob("session_*"):
-        match = re.search(r"_(\d+)$", session.name)
-        if match and not session.is_symlink() and not alive(int(match.group(1))):
-            shutil.rmtree(session, ignore_errors=True)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def secure_token_file() -> None:

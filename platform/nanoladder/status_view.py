@@ -10,10 +10,12 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from nanochat_model.errors import ConfigError
+from nanoladder.cli.common import WIDEST
 from nanoladder.live_status import ALIVE, STATUS_FILE, read_status
 from nanoladder.space import format_values
 from nanoladder.stopping import request_stop
@@ -22,9 +24,9 @@ from nanoladder.workspace import Workspace
 
 REFRESH_SECONDS = 2.0
 SHOWN_FAILURES = 5
+TEXT_COLUMNS, SHORT_COLUMNS = ("sweep", "stage", "state", "best"), ("running", "done", "failed")
 WORDS = {
     "lost": "driver died; its command goes on",
-    "interrupted": "interrupted",
     "stopped": "stopped on request",
 }
 
@@ -60,8 +62,8 @@ def read_statuses(workspace: Workspace, name: str = "", *, price: float | None =
 def show(statuses: Statuses, *, detail: bool) -> None:
     console = Console()
     if not console.is_terminal:
-        console = Console(width=240)
-    console.print(render(statuses, detail=detail))
+        console = Console(width=WIDEST)
+    console.print(render(statuses, detail=detail, width=console.width))
 
 
 def watch(read: Callable[[], Statuses], *, detail: bool) -> None:
@@ -70,17 +72,23 @@ def watch(read: Callable[[], Statuses], *, detail: bool) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while True:
             statuses = read()
-            live.update(render(statuses, detail=detail), refresh=True)
+            live.update(render(statuses, detail=detail, width=console.width), refresh=True)
             if not any(s["alive"] for s in statuses):
                 return
             time.sleep(REFRESH_SECONDS)
 
 
-def render(statuses: Statuses, *, detail: bool) -> RenderableType:
-    """The table of sweeps; with `detail`, or where something runs, also running trials and why others failed."""
+def render(statuses: Statuses, *, detail: bool, width: int = WIDEST) -> RenderableType:
+    """The table of sweeps; with `detail`, or where something runs, also running trials and why others failed. Where `width`
+    characters are too few for all columns, the best of each sweep stands below the table, and if need be stages are left out."""
     if not statuses:
         return Text("no sweep has run under this storage root")
-    parts: list[RenderableType] = [_sweeps(statuses)]
+    wide = Console(width=WIDEST)
+    tables = [_sweeps(statuses, without) for without in ((), ("best",), ("best", "stage"))]
+    fitting = [t for t in tables if Measurement.get(wide, wide.options, t).maximum <= width]
+    parts: list[RenderableType] = [(fitting or tables[-1:])[0]]
+    parts += [Text(f"best of {s['sweep']}: {_best(s)}") for s in statuses if s["best"] and tables[0] not in parts]
+    parts += [Text("lost: the driver died; its command goes on")] if any(s["state"] == "lost" for s in statuses) else []
     parts += [_running(s) for s in statuses if s["running"] and s["alive"]]
     for status in statuses:
         if status["failures"] and (detail or status["alive"]):
@@ -88,22 +96,30 @@ def render(statuses: Statuses, *, detail: bool) -> RenderableType:
     return Group(*parts)
 
 
-def _sweeps(statuses: Statuses) -> Table:
+def _sweeps(statuses: Statuses, without: Sequence[str]) -> Table:
+    """A row a sweep, `without` these columns."""
+    rows = [{k: v for k, v in _row(s).items() if k not in without} for s in statuses]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("sweep", overflow="fold")
-    table.add_column("stage", overflow="fold")
-    table.add_column("state", no_wrap=True)
-    for column in ("running", "done", "failed"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("best", overflow="fold")
-    for column in ("left", "device\nhours", *(["cost"] if statuses[0]["cost_dollars"] is not None else [])):
-        table.add_column(column, justify="right")
-    for s in statuses:
-        left = format_seconds(s["eta_seconds"]) if s["alive"] and s["eta_seconds"] is not None else "–"
-        row = [s["sweep"], s["stage"] or "–", WORDS.get(s["state"], s["state"]), str(len(s["running"]) if s["alive"] else 0)]
-        row += [f"{s['done']}/{s['total']}", str(s["failed"]), _best(s), left, f"{s['device_hours']:.3g}"]
-        table.add_row(*map(escape, row), *([f"${s['cost_dollars']:,.2f}"] if s["cost_dollars"] is not None else []))
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right", overflow="fold", no_wrap=name in SHORT_COLUMNS)
+    for row in rows:
+        table.add_row(*map(escape, row.values()))
     return table
+
+
+def _row(s: dict[str, Any]) -> dict[str, str]:
+    return {
+        "sweep": s["sweep"],
+        "stage": s["stage"] or "–",
+        "state": s["state"],
+        "running": str(len(s["running"]) if s["alive"] else 0),
+        "done": f"{s['done']}/{s['total']}",
+        "failed": str(s["failed"]),
+        "best": _best(s),
+        "left": format_seconds(s["eta_seconds"]) if s["alive"] and s["eta_seconds"] is not None else "–",
+        "device\nhours": f"{s['device_hours']:.3g}",
+        **({"cost": f"${s['cost_dollars']:,.2f}"} if s["cost_dollars"] is not None else {}),
+    }
 
 
 def _best(status: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.words import plural
 from nanochat_model.errors import ConfigError
 from nanochat_model.hardware import require_device
 from nanochat_model.overrides import parse_overrides
@@ -226,32 +228,44 @@ def _run_one(sweep: Sweep, workspace: Workspace, options: dict[str, Any]) -> int
             )
         else:
             records = execute_sweep(sweep, workspace, **options)
-    return _summary(sweep, workspace, records)
+    return _summary(sweep, workspace, records, options["mlflow_uri"])
 
 
-def _summary(sweep: Sweep, workspace: Workspace, records: Sequence[RunRecord]) -> int:
+def _summary(sweep: Sweep, workspace: Workspace, records: Sequence[RunRecord], mlflow_uri: str | None) -> int:
     from nanoladder.cli.common import print_table
+    from nanoladder.front import best_candidates
     from nanoladder.space import format_values
     from nanoladder.sweep_index import INDEX_FILE, read_index
 
     index = read_index(workspace.sweep_dir(sweep.name))
-    best: dict[str, dict[str, Any]] = {}
-    sign = -1.0 if sweep.direction == "maximize" else 1.0
-    for row in index["trials"]:
-        value = row[sweep.metric]
-        if row["status"] == "complete" and value is not None:
-            held = best.get(row["cell"])
-            if held is None or sign * value < sign * held[sweep.metric]:
-                best[row["cell"]] = row
-    rows = [(cell, format_values(r["values"]) or "–", f"{r[sweep.metric]:.4f}", r["run_id"]) for cell, r in best.items()]
+    rows = []
+    for cell, best in best_candidates(index).items():
+        ids = best["run_ids"]
+        which = ids[0] if len(ids) == 1 else f"mean of {len(ids)} seeds, {ids[0]} …"
+        rows.append((cell, format_values(best["values"]) or "–", f"{best[sweep.metric]:.4f}", which))
     print_table(("cell", "best", sweep.metric, "run"), rows, right=(sweep.metric,))
     if sweep.objectives:
         _print_fronts(sweep, index, workspace.sweep_dir(sweep.name))
     failed = [r for r in records if r.status == "failed"]
     print(f"{len(records)} runs, {len(failed)} failed; index: {workspace.sweep_dir(sweep.name) / INDEX_FILE}")
-    missing = "" if shutil.which("optuna-dashboard") else "   (first: pip install optuna-dashboard)"
-    print(f"look further: mlflow ui --backend-store-uri {workspace.mlflow_uri}   optuna-dashboard {workspace.optuna_uri}{missing}")
+    print(f"look further: {'   '.join(_where_to_look(workspace, mlflow_uri))}")
     return 1 if failed else 0
+
+
+def _where_to_look(workspace: Workspace, mlflow_uri: str | None) -> list[str]:
+    """Commands, ready to paste, that show what was tracked; the address of a tracking server."""
+    uri = workspace.mlflow_uri if mlflow_uri is None else mlflow_uri
+    is_server = uri.startswith(("http://", "https://"))
+    shown = uri if is_server else f"{_tool('mlflow')} ui --backend-store-uri {shlex.quote(uri)}"
+    dashboard = _tool("optuna-dashboard")
+    missing = "" if shutil.which(dashboard) else "   (first: pip install optuna-dashboard)"
+    return [*([shown] if uri else []), f"{dashboard} {shlex.quote(workspace.optuna_uri)}{missing}"]
+
+
+def _tool(name: str) -> str:
+    """The command `name`, with its folder where that is not on the PATH but beside this Python."""
+    beside = Path(sys.executable).with_name(name)
+    return shlex.quote(str(beside)) if not shutil.which(name) and beside.exists() else name
 
 
 def _print_fronts(sweep: Sweep, index: dict[str, Any], folder: Path) -> None:
@@ -278,7 +292,8 @@ def _run_ladder(ladder: Ladder, workspace: Workspace, options: dict[str, Any]) -
 
     console = Console(highlight=False)
     with progress_bar(console, ladder.name) as (lines, bar):
-        promotions = execute_ladder(ladder, workspace, listeners=[TerminalLines(lines)], progress=bar, **options)
+        shown = TerminalLines(lines)
+        promotions = execute_ladder(ladder, workspace, listeners=[shown], progress=bar, **options)
     for p in promotions:
         console.print(f"[bold]{escape(p.stage)}[/] {escape(p.change)}: {escape(p.reason)}", soft_wrap=True)
         console.print(f"  [dim]{escape(p.summary)}[/]", soft_wrap=True)
@@ -286,12 +301,12 @@ def _run_ladder(ladder: Ladder, workspace: Workspace, options: dict[str, Any]) -
         console.print(
             f"gains of {row['n']} candidates, {escape(' → '.join(row['stages']))}: rank correlation {row['spearman']:+.2f}"
         )
-    reached = {p.stage for p in promotions}
+    reached, verdicts = {p.stage for p in promotions}, workspace.sweep_dir(ladder.name) / PROMOTIONS_FILE
     for stage in ladder.stages:
         if stage.name not in reached:
             console.print(f"[bold]{escape(stage.name)}[/] not reached: no candidate won the stage before", soft_wrap=True)
-    print(f"verdicts: {workspace.sweep_dir(ladder.name) / PROMOTIONS_FILE}")
-    return 0
+    print(f"{plural(len(shown.failed), 'run')} failed; verdicts: {verdicts}")
+    return 1 if shown.failed else 0
 
 
 __all__ = ["load_sweep", "run_sweep"]

@@ -23,6 +23,7 @@ class TerminalLines(Listener):
         self._console = console
         self._seen: set[str] = set()
         self._skipped = 0
+        self.failed: set[str] = set()  # runs that ended so
         self._known: set[str] = set()  # runs that were counted: a later round, or another sweep, meets them again
 
     def on_failure(self, trial: Trial, error: str, traceback: str, retry: bool) -> None:
@@ -41,6 +42,7 @@ class TerminalLines(Listener):
             self._skipped += not met
             return
         if record.status == "failed":
+            self.failed.add(trial.run_id)
             return
         loss = "–" if record.val_bpb is None else f"{record.val_bpb:.4f}"
         values = format_values(trial.values)

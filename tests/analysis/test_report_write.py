@@ -60,6 +60,7 @@ def test_one_file_with_everything_in_it(table: RunTable, laws, tmp_path: Path):
     )
     html = path.read_text(encoding="utf8")
     assert html.count("* plotly.js v") == 1
+    assert "predicted before the run, for its own N and D" in html, "why two predictions stand on the page"
     without_scripts = re.sub(r"<script\b.*?</script>", "", html, flags=re.S)
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", without_scripts)
     assert "@import" not in without_scripts and "url(" not in without_scripts

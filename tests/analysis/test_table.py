@@ -215,7 +215,7 @@ def test_runs_that_are_not_comparable_are_refused(tmp_path):
 
 
 def test_no_records_at_all(tmp_path):
-    with pytest.raises(DataError, match=r"no record.json under"):
+    with pytest.raises(DataError, match=r"no run records in"):
         load_records(tmp_path)
     with pytest.raises(DataError, match="no such file or folder"):
         load_records(tmp_path / "absent")

@@ -54,6 +54,27 @@ def test_chunks_do_not_move_the_result(model: GPT, rows: tuple[np.ndarray, np.nd
         assert evaluate_bpb(model, rows, tiny_shards().token_bytes, chunk) == pytest.approx(whole, rel=1e-6)
 
 
+def test_what_memory_does_not_hold_is_evaluated_by_halves(
+    model: GPT, rows: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the evaluation that a fine-tuning begins with, before any micro-batch could be halved."""
+    real, asked, limit = GPT.loss, [], 2
+
+    def loss(self: GPT, inputs: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        asked.append(len(inputs))
+        if len(inputs) > limit:
+            raise torch.OutOfMemoryError("this device holds two rows")
+        return real(self, inputs, *args, **kwargs)  # type: ignore[arg-type]
+
+    expected = evaluate_loss(model, rows, 7)
+    monkeypatch.setattr(GPT, "loss", loss)
+    assert evaluate_loss(model, rows, 7) == pytest.approx(expected, rel=1e-6)
+    assert asked[:6] == [7, 3, 1, 1, 1, 1] and asked.count(7) == 1, "what does not fit is tried once"
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate_loss(model, rows, 7)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shares_of_ranks_add_up_to_the_bit(
     model: GPT, rows: tuple[np.ndarray, np.ndarray], world_size: int, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ import pytest
 from nanochat_model import ConfigError, GPTConfig, Horizon, PowerRule, Recipe, RunRecord, TrainConfig, count_params, flops_per_token
 from nanochat_model.counts import count_params_2025
 from nanochat_model.identity import from_dict, run_id
-from nanochat_model.overrides import apply_overrides, dotted_keys
+from nanochat_model.overrides import apply_overrides, dotted_keys, whole
 from nanochat_model.recipe import D12_SCALING_PARAMS, NANOCHAT
 from nanochat_model.record import CurvePoint
 
@@ -87,6 +87,8 @@ def test_a_horizon_in_steps_finds_its_own_batch():
         (lambda: NANOCHAT.resolve(GPTConfig(), overrides={"optimizer.weigth_decay": 1}), "did you mean 'optimizer.weight_decay'"),
         (lambda: NANOCHAT.resolve(GPTConfig(), overrides={"num_steps": "many"}), "not of type int"),
         (lambda: NANOCHAT.resolve(GPTConfig(), overrides={"compute_dtype": "int8"}), "must be one of"),
+        (lambda: NANOCHAT.resolve(GPTConfig(), overrides={"batch_tokens": "half"}), "batch_tokens 'half' is not of type int"),
+        (lambda: NANOCHAT.resolve(GPTConfig(), overrides={"lr_multiplier": "2x"}), "lr_multiplier '2x' is not of type float"),
         (lambda: PowerRule(coefficient=1, exponents={"Q": 1}), "unknown symbol"),
     ],
 )
@@ -101,6 +103,14 @@ def test_every_leaf_can_be_overridden_by_its_own_value():
     assert apply_overrides(config, values) == config
     as_text = {k: (",".join(map(str, v)) if isinstance(v, tuple) else str(v)) for k, v in values.items()}
     assert apply_overrides(config, as_text) == config
+
+
+def test_whole_numbers_are_read_exactly():
+    for given, expected in ((str(2**53 + 1), 2**53 + 1), (2**53 + 1, 2**53 + 1), ("1e6", 10**6), (1e6, 10**6), ("-3", -3)):
+        assert whole(given) == expected
+    for given in ("1.5", "nan", "x", None):
+        with pytest.raises((ValueError, TypeError)):
+            whole(given)
 
 
 def _leaf(config, key):

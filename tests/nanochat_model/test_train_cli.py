@@ -55,6 +55,9 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert call("--run-dir", str(tmp_path / "r"), "--tokens-per-param", "3", "--dry-run") == 0
     out = capsys.readouterr().out
     assert "scaling parameters" in out and "(3.0 a scaling parameter)" in out and not (tmp_path / "r").exists()
+    assert "warning" not in out
+    assert call("--num-steps", "20", "--dry-run") == 0
+    assert "warning: learning rate × weight decay is 0.71 a step" in capsys.readouterr().out, "14 by the number of steps"
 
 
 def test_a_trunk_and_two_decays_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

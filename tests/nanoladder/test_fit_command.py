@@ -28,9 +28,19 @@ def test_fit_writes_laws_and_names_the_next_runs(storage, capsys):
     printed = json.loads(capsys.readouterr().out)
     runs = printed.pop("next_runs")["runs"]
     assert Laws.load(storage / "laws.json").as_dict() == printed
+    assert printed["allocation"]["loss_name"] == "validation bpb"
     assert runs and sum(r["C"] for r in runs) <= 2e13 * 1.000001
     assert all(r["B"] > 0 and r["D"] > 0 for r in runs)
     assert [r["sd_after"] for r in runs] == sorted((r["sd_after"] for r in runs), reverse=True)
+
+
+def test_a_folder_without_runs_is_refused_without_a_search_below_it(storage):
+    (storage.parent / "deep" / "er").mkdir(parents=True)
+    (storage.parent / "deep" / "er" / "est").symlink_to(storage)
+    for folder in ("/", str(storage.parent / "deep")):
+        with pytest.raises(DataError, match=rf"no run records in {folder}; give a folder that holds runs/\*/record.json"):
+            TableOptions(table=folder).read()
+    assert len(TableOptions(table=str(storage / "runs")).read()) == len(TableOptions(table=str(storage)).read()) > 9
 
 
 def test_runs_that_are_not_comparable_need_a_name(storage, tmp_path, capsys):

@@ -80,7 +80,7 @@ def test_launched_again_it_says_what_was_said_and_alerted_before(launched: Launc
     """Other laws, another speed, no Ray: the finished run is judged by what was predicted before it began."""
     monkeypatch.setattr("nanoladder.ray_init.ensure_ray", lambda *args, **kw: pytest.fail("a finished run needs no Ray"))
     later = replace(launched.plan, hours=99.0, prediction=LossPrediction(
-        val_bpb=1.0, low=0.9, high=1.1, surface_bpb=None, level=None, extrapolation=None, verdict="ok"))  # fmt: skip
+        loss=1.0, low=0.9, high=1.1, surface_loss=None, level=None, extrapolation=None, verdict="ok"))  # fmt: skip
     again = launch(later, launched.workspace, LaunchOptions(quiet=True, mlflow=""))
     assert again == launched.verdict and len(again["alerts"]) >= 1 and again["predicted_hours"] == launched.plan.hours
 

@@ -21,7 +21,9 @@ from nanochat_model.recipe import NANOCHAT
 from nanochat_model.record import RunRecord
 from nanoladder.launch import LaunchOptions, judge, launch
 from nanoladder.laws_to_recipe import best_model, optimal_horizon, recipe_from_laws, surface_loss
+from nanoladder.outcomes import prediction_facts
 from nanoladder.plan import LossPrediction, make_plan
+from nanoladder.plan_text import plan_sections
 from nanoladder.workspace import Workspace
 
 SURFACE = {"E": 0.6, "A": 30.0, "B": 120.0, "alpha": 0.34, "beta": 0.31, "status": "converged", "n": 24}
@@ -91,7 +93,7 @@ def test_a_refused_prediction_stops_a_launch_until_accepted_by_name(speaking: di
     model, far = GPTConfig.from_depth(12), Horizon(train_flops=2e21)
     plan = make_plan(model, laws=speaking, horizon=far)
     assert plan.prediction is not None and plan.prediction.verdict == "refuse"
-    with pytest.raises(ConfigError, match=rf"prediction {plan.prediction.val_bpb:.4f} bpb has verdict 'refuse' \(200x beyond") as e:
+    with pytest.raises(ConfigError, match=rf"validation bpb {plan.prediction.loss:.4f} has verdict 'refuse' \(200x beyond") as e:
         launch(plan, Workspace(tmp_path), LaunchOptions(quiet=True))
     assert "--accept-law prediction" in str(e.value) and "--without-law allocation" in str(e.value)
     assert not any(line.startswith("prediction") for line in plan.warnings), "said once"
@@ -105,6 +107,18 @@ def test_a_doubtful_prediction_is_a_caution(speaking: dict[str, Any]) -> None:
     plan = make_plan(GPTConfig.from_depth(12), laws=speaking, horizon=Horizon(train_flops=3e20))
     assert plan.prediction is not None and plan.prediction.verdict == "warn" and not plan.blocking
     assert any("30x beyond" in line for line in plan.warnings)
+
+
+def test_a_loss_in_nats_is_called_so_and_not_held_against_bits_per_byte(speaking: dict[str, Any]) -> None:
+    nats = {**speaking, "allocation": {**speaking["allocation"], "loss_name": "loss"}}
+    for given, name, predicted in ((speaking, "validation bpb", True), (nats, "loss", False)):
+        plan = make_plan(GPTConfig.from_depth(12), laws=given, horizon=Horizon(train_flops=1e19))
+        assert plan.prediction is not None and plan.prediction.loss_name == name
+        shown = {label for _, rows in plan_sections(plan) for label, _ in rows}
+        assert f"predicted {name}" in shown and ("predicted validation bpb" in shown) is predicted
+        facts = prediction_facts(plan.config, plan.prediction, plan.uses)
+        assert (facts["predicted"] is not None) is predicted
+        assert any("will not be held against" in line for line in plan.warnings) is not predicted
 
 
 def test_unknown_law_name_is_refused() -> None:
@@ -157,7 +171,7 @@ def measured(val_bpb: float) -> RunRecord:
     [(0.80, True, "inside the interval"), (0.70, False, "better than the interval"), (0.90, False, "worse than the interval")],
 )
 def test_verdict_on_the_laws(val_bpb: float, inside: bool, words: str) -> None:
-    prediction = LossPrediction(val_bpb=0.8, low=0.78, high=0.82, surface_bpb=0.81, level=0.9, extrapolation=4.0, verdict="ok")
+    prediction = LossPrediction(loss=0.8, low=0.78, high=0.82, surface_loss=0.81, level=0.9, extrapolation=4.0, verdict="ok")
     verdict = judge(measured(val_bpb), prediction)
     assert verdict["inside"] is inside and words in verdict["text"]
     assert verdict["error"] == pytest.approx(val_bpb / 0.8 - 1)

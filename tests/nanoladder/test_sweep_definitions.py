@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import nanoladder
-from nanochat_model.config import DataConfig, GPTConfig
+from nanochat_model.config import DataConfig, GPTConfig, RuntimeConfig
 from nanochat_model.counts import count_params, flops_per_token
 from nanochat_model.errors import ConfigError
 from nanochat_model.horizon import Horizon
@@ -18,11 +18,15 @@ from nanochat_model.identity import run_id
 from nanochat_model.recipe import NANOCHAT
 from nanoladder.cells import candidate_values, check_sweep, depth_cells, isoflop_cells, planned_trials, resolve_config
 from nanoladder.dry_run import plan_sweep
+from nanoladder.failed_record import failed_record
 from nanoladder.ladder import Ladder, Stage
+from nanoladder.listen import Listener
 from nanoladder.settings import apply_settings
 from nanoladder.space import Choice, Grid, LogUniform, Times, Uniform, When, enumerate_space
 from nanoladder.sweep import Cell, Sweep
 from nanoladder.sweep_command import load_sweep, run_sweep
+from nanoladder.trial_spec import TrialSpec
+from nanoladder.workspace import Workspace
 
 D12 = GPTConfig.from_depth(12)
 CELL = Cell(model=D12)
@@ -208,6 +212,8 @@ def test_a_sweep_file_is_loaded_without_effect_and_its_dry_run_prints_json(
         (["--set", "batch_tokens=1000", "--dry-run"], "not a multiple"),
         (["--dry-run", "--device", "mi9000"], "not in the table"),
         (["--json"], "goes with --dry-run"),
+        (["--set", "lr_multiplier=twice", "--dry-run"], "lr_multiplier 'twice' is not of type float"),
+        (["--set", "batch_multiplier=2x", "--dry-run"], "batch_multiplier '2x' is not of type float"),
         (["--max-concurrent", "0"], "max_concurrent 0 must be at least 1"),
         (["--num-cpus", "-1"], "num_cpus -1 must be at least 1"),
         ([], "nanoladder data"),
@@ -244,3 +250,21 @@ def test_the_sweeps_in_the_documentation_can_be_run() -> None:
             check_sweep(each)
             assert not plan_sweep(each, device=each.device or "cpu").notes
     assert [type(made) for made in found] == [Sweep, Sweep, Ladder]
+
+
+def test_a_ladder_whose_runs_failed_ends_with_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ladder = Ladder(name="l", question="?", variants={"x": {}}, stages=(Stage(name="a", cells=(CELL,)),))
+    trial = planned_trials(ladder.stage_sweep(ladder.stages[0], ladder.variants))[0]
+    spec = TrialSpec(run_id=trial.run_id, config=trial.config, runtime=RuntimeConfig(), run_dir=str(tmp_path))
+    for listed, status in (([], 0), ([trial, trial], 1)):
+
+        def execute(ladder: Ladder, workspace: Workspace, *, listeners: list[Listener], listed: list = listed, **_: object) -> list:
+            for trial in listed:
+                listeners[0].on_record(trial, failed_record(spec, "broken", seconds=1.0), True)
+            return []
+
+        monkeypatch.setattr("nanoladder.sweep_command.execute_ladder", execute)
+        assert run_sweep(ladder, ["--storage", str(tmp_path)]) == status
+        assert f"{status} run{'' if status else 's'} failed; verdicts: " in capsys.readouterr().out

@@ -21,9 +21,12 @@ from nanochat_model.horizon import Horizon
 from nanochat_model.record import RunRecord
 from nanoladder.adaptive import CHOICES_FILE, execute_adaptive
 from nanoladder.cells import resolve_config
-from nanoladder.front import fronts
+from nanoladder.front import best_candidates, fronts
+from nanoladder.listen import Listeners
+from nanoladder.live_status import StatusWriter
 from nanoladder.outcomes import read_fronts
 from nanoladder.space import Choice, Grid, LogUniform, Times, Uniform, When, enumerate_space
+from nanoladder.status_view import read_statuses
 from nanoladder.sweep import Adaptive, Cell, Sweep
 from nanoladder.sweep_index import IndexWriter, read_index
 from nanoladder.sync import sync
@@ -116,6 +119,30 @@ def test_several_objectives_are_searched_at_once_and_the_front_is_written(tmp_pa
     assert sync(workspace, mlflow_uri="").num_studies == 1
     again = optuna.load_study(study_name=bench.works[0].study.name, storage=workspace.optuna_uri)
     assert [t.values for t in again.trials] == [t.values for t in study.trials]
+
+
+def lucky_once(config: Any, **options: Any) -> RunRecord:
+    """The highest learning rate has the best single run, and the worst mean."""
+    record = train(config, **options)
+    loss = {0.01: 1.5, 0.04: 1.0 if config.seed == 1 else 3.0}[config.optimizer.matrix_lr]
+    record = replace(record, val_bpb=loss)
+    record.save(options["run_dir"])
+    return record
+
+
+def test_the_best_candidate_is_so_by_the_mean_over_its_seeds(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    sweep = make_sweep(space={LR: Grid([0.01, 0.04])}, seeds=(0, 1, 2))
+    bench = Bench(tmp_path, [sweep], lucky_once)
+    listener = Listeners([IndexWriter(workspace, bench.works), StatusWriter(workspace, bench.works)])
+    listener.on_begin([sweep])
+    bench.pool._on_record = listener.on_record
+    bench.run(parallel=2)
+    listener.on_end()
+    best = best_candidates(read_index(workspace.sweep_dir("toy")))[CELL.label]
+    assert (best["values"], best["val_bpb"], len(best["run_ids"])) == ({LR: 0.01}, 1.5, 3)
+    shown = read_statuses(workspace, "toy")[0]["best"]
+    assert (shown["values"], shown["value"], shown["run_id"]) == ({LR: 0.01}, 1.5, best["run_ids"][0])
 
 
 def test_a_range_whose_best_lies_at_its_edge_is_widened_and_searched_on(tmp_path: Path) -> None:

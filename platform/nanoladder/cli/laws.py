@@ -104,8 +104,7 @@ class TableOptions:
         if path is not None:
             if not path.is_dir():
                 raise ConfigError(f"no table or folder at {path}; give a CSV, a parquet file or a storage root")
-            inner = path / "runs"
-            return load_records(sorted((inner if inner.is_dir() else path).glob("*/record.json")) or path)
+            return load_records(path)
         if not self.storage:
             raise ConfigError("no runs were named; give a table, or --storage with a root folder of runs")
         paths = Workspace(self.storage).record_paths()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -84,7 +83,8 @@ class Runs:
 
         if self.limit < 0:
             raise ConfigError(f"limit {self.limit} must be 0 (all) or more")
-        records, broken = Workspace(self.storage).read_records(sweep=self.sweep)
+        root = Workspace(self.storage)
+        records, broken = root.read_records(sweep=self.sweep)
         rows = sorted((run_facts(r) for r in records), key=lambda row: _sort_key(row, self.sort))
         rows = rows[: self.limit] if self.limit else rows
         if self.json:
@@ -93,7 +93,7 @@ class Runs:
             columns, written = (TIME_COLUMNS, format_times) if self.times else (COLUMNS, format_row)
             print_table(columns, [written(row) for row in rows], right=columns[3:])
         else:
-            print(f"no run records under {Path(self.storage).absolute()}")
+            print(f"no run records under {root.remote or root.root}")
         for line in broken:
             print(f"nanoladder: {line}", file=sys.stderr)
         return 1 if broken else 0
