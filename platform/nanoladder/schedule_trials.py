@@ -29,7 +29,7 @@ from nanoladder.listen import Listener
 from nanoladder.node_labels import resources_of_nodes
 from nanoladder.pool import Pool
 from nanoladder.stopping import PAUSED, StopRequest, StopWatch, is_paused
-from nanoladder.storage import find_record
+from nanoladder.storage import find_record, left_record
 from nanoladder.trial_needs import total_need
 from nanoladder.trial_spec import STOP_FILE, TrialSpec
 from nanoladder.watchdog import PlacementWatch
@@ -136,8 +136,11 @@ class Scheduler:
             self.fatal = self.fatal or ConfigError(f"{assignment.trial.name}: {result['error']}")
             return
         if result.get("status") in ("complete", "stopped"):
-            record = find_record(assignment.spec.storage, assignment.spec.root, assignment.spec.run_dir)
-            assert record is not None, f"run {assignment.trial.run_id} said {result['status']} and left no record"
+            try:
+                record = left_record(assignment.spec.storage, assignment.spec.root, assignment.spec.run_dir)
+            except ConfigError as e:
+                self.fatal = self.fatal or e
+                return
             if is_paused(record):
                 self._pool.put_back(assignment.trial.run_id)
                 self._listener.on_pause(assignment.trial)

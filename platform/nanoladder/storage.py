@@ -33,6 +33,7 @@ WHOLE_FOLDERS = ("shards", "tokenizer", "sweeps", "stages")
 STEERING = (STATUS_FILE, REQUEST_FILE)  # of a sweep: moved by `remote_steering`, or an old request would end a later command
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 0.5  # doubled after each failed attempt
+SHOW_SECONDS = 90.0  # acdirmax, after which NFS looks again, is 60
 PARALLEL = 16  # transfers at a time: small files wait for the network, not for the CPU
 log = logging.getLogger(__name__)
 
@@ -218,9 +219,22 @@ def find_record(storage: str, root: str, run_dir: str) -> RunRecord | None:
         remote, path = Remote(storage), f"{folder.relative_to(root).as_posix()}/{RECORD_FILE}"
         facts = remote.stat(path)
         local = folder / RECORD_FILE
-        if facts is not None and not (local.is_file() and local.stat().st_mtime_ns == facts[1]):
-            remote.get(path, local)
+        if facts is not None and not (local.is_file() and (local.stat().st_size, local.stat().st_mtime_ns) == facts):
+            remote.get(path, local)  # stores count whole seconds: a record of the same second may be another
     return load_record(folder)
+
+
+def left_record(storage: str, root: str, run_dir: str) -> RunRecord:
+    """`find_record` of a run that says it has left one: an NFS client that looked before believes for up to a minute that it is not
+    there. Raises ConfigError where it never shows."""
+    deadline = time.monotonic() + SHOW_SECONDS
+    while (record := find_record(storage, root, run_dir)) is None:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"a run has ended and its record is not to be seen in {run_dir}; give a --storage that all nodes share, or a URL"
+            )
+        time.sleep(0.2)
+    return record
 
 
 def _small_files(root: Path) -> Iterator[Path]:

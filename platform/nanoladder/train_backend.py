@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,16 @@ from nanochat_model.identity import run_id
 from nanochat_model.record import CurvePoint, RunRecord
 from nanoladder.pool import load_record
 from nanoladder.run_events import Heartbeat, MoreEvents
-from nanoladder.run_lock import exclusive
-from nanoladder.storage import find_record
+from nanoladder.run_lock import ORPHAN_SECONDS, exclusive
+from nanoladder.storage import left_record
 from nanoladder.system_use import SystemUse
 from nanoladder.trial_spec import PRETRAIN, Forward, TrialSpec
-from nanoladder.watchdog import LOCAL_WAIT_SECONDS, check_fits, not_placed, placement_wait
+from nanoladder.watchdog import check_fits, not_placed, placement_wait
 
 MAX_WORKER_FAILURES = 3  # of a production run: a node lost now and then must not end it
 START_TIMEOUT_ENV = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 STEP_SECONDS = 2.0  # between the step reports that rank 0 sends
+ARRIVE_SECONDS = 30.0  # how long the end of a run waits for its last reports, on a machine with much to do
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -93,7 +96,7 @@ def run_training_on_ray_train(
     )
     if session.started_here:
         check_fits(total_resources(spec), ray.cluster_resources(), f"run {name or rid} with {num_workers} workers")
-    with exclusive(folder, f"run {rid}", wait_seconds=LOCAL_WAIT_SECONDS):
+    with exclusive(folder, f"run {rid}", wait_seconds=ORPHAN_SECONDS):
         return fit_trial(spec, progress or (lambda event: None), callbacks=callbacks, max_failures=max_failures)
 
 
@@ -141,27 +144,27 @@ def fit_trial(spec: TrialSpec, send: Progress, *, callbacks: Sequence[Callback] 
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)  # Train leaves its handler behind
         stop.set()
-        forwarder.join(timeout=5)
+        forwarder.join(timeout=ARRIVE_SECONDS)
         events.shutdown(force=True)
         _remove_scratch(Path(spec.run_dir) / ".train")
     value = result.return_value or {}  # type: ignore[attr-defined]
     if "bad_config" in value:
         raise ConfigError(value["bad_config"])
-    record = find_record(spec.storage, spec.root, spec.run_dir)
-    assert record is not None, f"run {spec.run_id} ended and left no record"
-    return record
+    return left_record(spec.storage, spec.root, spec.run_dir)
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Runs in every Train worker, inside its process group. A ConfigError comes back as a value: Train would retry it."""
     import ray.train
+    from ray.exceptions import RayError
 
     rank = ray.train.get_context().get_world_rank()
     spec = TrialSpec.from_json(config["spec"])
     queue_actor = config["events"].actor
+    sent: deque[Any] = deque(maxlen=1)
 
     def send(event: dict[str, Any]) -> None:
-        queue_actor.put_nowait.remote(event)
+        sent.append(queue_actor.put_nowait.remote(event))
 
     own = Throttle(send) if rank == 0 else lambda event: None
     told = [Forward(own), MoreEvents(own), SystemUse(own), Heartbeat(send, rank), ReportToTrain()]
@@ -169,6 +172,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         record = spec.run([*told, *config["callbacks"]])
     except ConfigError as e:
         return {"bad_config": str(e)}
+    with contextlib.suppress(RayError):  # nobody sees that the run has ended before what it told last has arrived
+        ray.get(list(sent), timeout=ARRIVE_SECONDS)
     return {"status": record.status, "run_id": record.run_id}
 
 

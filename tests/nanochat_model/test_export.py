@@ -83,7 +83,7 @@ def test_an_exported_folder_works_where_the_package_is_hidden(tmp_path: Path) ->
     ids = torch.randint(0, VOCAB_SIZE, (140,), generator=torch.Generator().manual_seed(1)).tolist()
     arguments = [str(out), json.dumps([ids, TEXT]), str(tmp_path / "logits.pt")]
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ISOLATED, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [sys.executable, "-I", "-c", ISOLATED, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -104,7 +104,7 @@ def test_the_file_is_a_program(tmp_path: Path) -> None:
     out = export_standalone(run, tmp_path / "out", dtype="bfloat16")
     command = [sys.executable, "-I", str(out / MODELING_FILE), "ab", "--max-tokens", "5", "--temperature", "0", "--raw"]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONIOENCODING": "utf8"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     rounded = load_model(run)
     with torch.no_grad():

@@ -7,9 +7,9 @@ import multiprocessing
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ports import free_port
 
 from nanochat_model.config import GPTConfig, OptimizerConfig
-from nanochat_model.distributed import free_port
 from nanochat_model.gpt import GPT
 from nanochat_model.optim import build_optimizer
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ray_nodes import wait_for
 from small_text import small_corpus, small_shards, small_tokenizer, write_jsonl
 
 from nanochat_model import corpus as corpus_module
@@ -148,9 +149,7 @@ def test_kill_9_and_two_builders_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     victim = context.Process(target=build_slowly, args=(str(tmp_path), 0.1))
     victim.start()
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".killed.building-*/done/train_00001.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: list(tmp_path.glob(".killed.building-*/done/train_00001.json")), every=0.02)
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,6 @@ def test_wheels_and_labels_are_the_vendors(name: str, index: str, label: str) ->
     assert "accelerator_type" not in (ROOT / name).read_text()
 
 
-def test_a_sweep_for_a_device_goes_to_nodes_of_that_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_workers_have_a_role_for_the_bucket() -> None:
     """Ray gives the one that it makes to the head alone (ray/autoscaler/_private/aws/config.py, _configure_iam_role)."""
     config = prepared("cluster.yaml")
@@ -82,6 +82,7 @@ def test_workers_have_a_role_for_the_bucket() -> None:
     assert workers and all(w.get("IamInstanceProfile") for w in workers)
 
 
+def test_a_sweep_for_a_device_goes_to_nodes_of_that_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert coming_gpus(ROOT / "cluster.yaml") == {"h100"} and coming_gpus(tmp_path / "none") == set()
     both = NodeLabels(present=frozenset({"h100", "mi300x"}))
     assert both.selector("h100") == {"gpu": "h100"} and both.selector("cpu") == both.selector("") == {}
@@ -115,4 +116,4 @@ def test_runtime_env_ships_the_package() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.py")), ids=lambda p: p.name)
 def test_sweep_files_run_as_they_are_typed(path: Path) -> None:
     """`ray job submit sweeps/x.py` hands the file to a shell."""
-    assert path.read_text().startswith("#!/usr/bin/env python3\n") and path.stat().st_mode & 0o111 == 0o111
+    assert path.read_text().startswith("#!/usr/bin/env python3\n") and os.access(path, os.X_OK)

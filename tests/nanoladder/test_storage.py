@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import toy_training
 from local_s3 import local_s3
 from ray_nodes import wait_for
 from tiny_run import RUNTIME, tiny_config, tiny_shards
@@ -171,6 +173,17 @@ def test_commands_read_and_write_a_url(
     machine(monkeypatch, tmp_path / "one")
     with mirrored(url):
         assert RunRecord.load(workspace.run_dir(record.run_id)).tags == newer.tags
+
+
+def test_a_record_that_shows_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where a node may not see for a while what another has written."""
+    folder = str(tmp_path / "late")
+    record = toy_training.train(tiny_config(), run_dir=tmp_path / "run")
+    threading.Timer(0.3, record.save, [folder]).start()
+    assert storage.left_record("", str(tmp_path), folder) == record
+    monkeypatch.setattr(storage, "SHOW_SECONDS", 0.0)
+    with pytest.raises(ConfigError, match="give a --storage that all nodes share"):
+        storage.left_record("", str(tmp_path), str(tmp_path / "never"))
 
 
 def test_file_systems_of_fsspec_and_wrong_urls(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

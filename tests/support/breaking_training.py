@@ -14,7 +14,7 @@ from nanochat_model.train import pretrain
 
 TRAIN = "breaking_training:train"
 BAD_DECAY = 0.5
-PAUSE_ENV = "PAUSE_SECONDS"  # after each step
+PAUSE_ENV = "PAUSE_SECONDS"  # after each step that is reported
 
 
 class Pause(Callback):
@@ -22,7 +22,11 @@ class Pause(Callback):
         time.sleep(float(os.environ.get(PAUSE_ENV, "0")))
 
 
-def train(config: TrainConfig, runtime: RuntimeConfig, callbacks: Sequence[Callback] = (), **options: Any) -> RunRecord:
+def paused(config: TrainConfig, runtime: RuntimeConfig, callbacks: Sequence[Callback] = (), **options: Any) -> RunRecord:
+    return pretrain(config, runtime, callbacks=(Pause(), *callbacks), **options)
+
+
+def train(config: TrainConfig, *args: Any, **options: Any) -> RunRecord:
     if config.optimizer.weight_decay > BAD_DECAY:
         raise RuntimeError("weight decay beyond all bounds")
-    return pretrain(config, runtime, callbacks=(Pause(), *callbacks), **options)
+    return paused(config, *args, **options)

@@ -18,7 +18,7 @@ FLAGS = (
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-port=0",
     "--remote-allow-origins=*",
 )  # fmt: skip
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 
 
 def find_chromium() -> str | None:
@@ -43,7 +43,7 @@ class Page:
         self.requests: list[str] = []
         self._events: list[dict[str, Any]] = []
         try:
-            self._socket = create_connection(self._debugger_url(), timeout=60, suppress_origin=True)
+            self._socket = create_connection(self._debugger_url(), timeout=240, suppress_origin=True)
             target = self._send("Target.createTarget", url="about:blank")["targetId"]
             self._session: str | None = None
             self._session = self._send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -107,11 +107,11 @@ class Page:
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._send("Emulation.setEmulatedMedia", features=features)
 
-    def open(self, path: Path, ready: str = "document.documentElement?.dataset.ready === 'true'", timeout: float = 60.0) -> None:
+    def open(self, path: Path, ready: str = "document.documentElement?.dataset.ready === 'true'", timeout: float = 120.0) -> None:
         """Load a local file and wait until `ready` holds."""
         self.goto(path.resolve().as_uri(), ready, timeout)
 
-    def goto(self, url: str, ready: str = "document.documentElement?.dataset.ready === 'true'", timeout: float = 60.0) -> None:
+    def goto(self, url: str, ready: str = "document.documentElement?.dataset.ready === 'true'", timeout: float = 120.0) -> None:
         """Load an address and wait until `ready` holds."""
         self._send("Page.navigate", url=url)
         self.wait(ready, timeout)
@@ -141,7 +141,7 @@ class Page:
         self._send("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
         self._session = session
 
-    def wait(self, condition: str, timeout: float = 30.0) -> None:
+    def wait(self, condition: str, timeout: float = 120.0) -> None:
         deadline = time.monotonic() + timeout
         while not self.evaluate(f"Boolean({condition})"):
             if time.monotonic() > deadline:

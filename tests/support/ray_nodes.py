@@ -15,22 +15,36 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Ray waits a minute for a head that is gone, and half a minute for a node that does not answer: tests need not.
+from ports import LOOPBACK, free_port
+
+# Ray waits a minute for a head that is gone, and looks for a node that is gone every few seconds: tests need not. A node that was
+# killed refuses the connection at once; one that merely takes its time, on a machine with much to do, is given Ray's usual 10 s.
 FAST = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "4",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+# What Ray and MLflow do by themselves where a machine is slow, or busy with something else: give up starting a node or a process
+# after 30 or 60 s and a call after 10, and kill trials where others fill the memory.
+PATIENT = {
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "120",
+}
+# Of several nodes on one machine: each would give its workers the ports from 10002 upwards, and so would somebody else's.
+ANY_WORKER_PORT = ("--min-worker-port=0", "--max-worker-port=0")
 
 
 class RayNodes:
     """A head and its nodes; `env` is what a driver needs to join them."""
 
     def __init__(self, *, support: Path, **env: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="nlr-"))  # short: Unix sockets lie in it
+        self.folder = Path(tempfile.mkdtemp(prefix="nlr-", dir="/tmp"))  # short: Unix sockets lie in it
         self.env = {
             **os.environ,
             **FAST,
@@ -40,7 +54,7 @@ class RayNodes:
         }
         self.env |= env
         self.env.pop("RAY_ADDRESS", None)
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"{LOOPBACK}:{free_port()}"
         self._started: list[subprocess.Popen[bytes]] = []
 
     def start_head(self, *, num_cpus: int = 1, num_gpus: int = 0) -> int:
@@ -57,12 +71,17 @@ class RayNodes:
         path = self.folder / f"{kind}-{len(self._started)}.log"
         with path.open("wb") as log:
             process = subprocess.Popen(
-                [*command, "--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--block"],
+                [*command, f"--node-ip-address={LOOPBACK}", "--object-store-memory=100000000", *ANY_WORKER_PORT, "--block"],
                 env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self._started.append(process)
-        # a sweep that starts before a node has joined plans without it
-        wait_for(lambda: b"Ray runtime started" in path.read_bytes())
+
+        def has_started() -> bool:
+            said = path.read_text(errors="replace")
+            assert process.poll() is None, f"the {kind} did not start: {said}"
+            return "Ray runtime started" in said
+
+        wait_for(has_started)  # a sweep that starts before a node has joined plans without it
         return process.pid
 
     def kill(self, node: int) -> None:
@@ -90,12 +109,6 @@ class RayNodes:
 def kill_process(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def answers(address: str) -> bool:

@@ -14,11 +14,13 @@ import reference_model as ref
 import torch
 from tiny_run import VOCAB_SIZE, tiny_shards
 
+from nanochat_model.batching import Event
 from nanochat_model.checkpoint import CheckpointState, save_checkpoint
 from nanochat_model.interop import config_from_nanochat
 from nanoladder.serve.app import create_app
 from nanoladder.serve.options import ModelOptions
 from nanoladder.serve.service import Service, load_service
+from nanoladder.serve.worker import Worker
 
 CONTEXT = 512
 
@@ -50,11 +52,29 @@ def serving(checkpoint: Path, *, api_key: str = "", **options: Any) -> Iterator[
         yield f"http://127.0.0.1:{sock.getsockname()[1]}", service
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive() and not service.worker.alive
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+@contextmanager
+def slowed(worker: Worker, step_seconds: float = 0.05) -> Iterator[None]:
+    """Each token takes so long at least: a long reply is under way until somebody ends it, however fast this machine is, and
+    however late whoever looks at it comes."""
+    batcher = worker._batcher
+    real = batcher.step
+
+    def step() -> list[Event]:
+        time.sleep(step_seconds)
+        return real()
+
+    batcher.step = step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        batcher.step = real  # type: ignore[method-assign]
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,29 @@ def hold(run_dir: Path, config: TrainConfig) -> None:
             time.sleep(0.02)
 
 
+class Held:
+    """The runs that stay in the middle: called, it says which do, and in which processes."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._since = root, time.time()
+        root.mkdir(parents=True, exist_ok=True)
+        (root / HOLD).touch()
+
+    def __call__(self) -> dict[int, str]:
+        return {n["pid"]: n["run_id"] for n in notes(self._root, "held") if n["time"] >= self._since}
+
+    def let_go(self) -> None:
+        (self._root / HOLD).unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def held(root: Path) -> Iterator[Callable[[], dict[int, str]]]:
-    """While inside, the runs under a storage root stay in the middle: what it gives says which do, and in which processes."""
-    since = time.time()
-    (root / HOLD).touch()
-    yield lambda: {n["pid"]: n["run_id"] for n in notes(root, "held") if n["time"] >= since}
-    (root / HOLD).unlink()
+def held(root: Path) -> Iterator[Held]:
+    """While inside, and until they are let go, the runs under a storage root stay in the middle."""
+    stuck = Held(root)
+    try:
+        yield stuck
+    finally:
+        stuck.let_go()
 
 
 def note(run_dir: Path, what: str, config: TrainConfig) -> None:
@@ -126,5 +142,6 @@ def note(run_dir: Path, what: str, config: TrainConfig) -> None:
 def notes(root: Path, what: str) -> list[dict[str, Any]]:
     """What the trainings under a storage root noted."""
     log = root / "toy.log"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return [line for line in lines if line["what"] == what]
+    text = log.read_text() if log.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # what comes after is just being written
+    return [line for line in map(json.loads, whole.splitlines()) if line["what"] == what]
