@@ -18,12 +18,11 @@ from ray.tune.execution.placement_groups import PlacementGroupFactory
 
 from nanochat_model.errors import ConfigError
 from nanoladder.own_devices import see_own_devices
-from nanoladder.run_lock import exclusive
+from nanoladder.run_lock import ORPHAN_SECONDS, exclusive
 from nanoladder.system_use import SystemUse
 from nanoladder.trial_spec import Forward, TrialSpec
 
 REPORT_SECONDS = 5.0  # how often a long run reports to the driver
-LOCK_WAIT_SECONDS = 60.0  # an orphan of a killed driver is gone within a few
 SPEC = "spec"
 # A trial that runs Ray Train needs next to nothing itself. Its resource must not be one that its workers ask for: with a
 # share of the CPUs it would starve a run that wants them all. Every cluster has a head node with one unit of this, enough for a
@@ -91,7 +90,7 @@ def trial_resources(spec: TrialSpec) -> dict[str, float]:
 def run_trial(spec: TrialSpec, events: queue.SimpleQueue[dict[str, Any]]) -> dict[str, Any]:
     """Train, and say how it ended. Nothing is raised: Tune would take an exception for a broken actor."""
     try:
-        with exclusive(Path(spec.run_dir), f"run {spec.run_id}", wait_seconds=LOCK_WAIT_SECONDS):
+        with exclusive(Path(spec.run_dir), f"run {spec.run_id}", wait_seconds=ORPHAN_SECONDS):
             if spec.backend == "train":
                 from nanoladder.train_backend import fit_trial
 

@@ -41,7 +41,7 @@ from nanoladder.sweep import Sweep
 EXPERIMENT = "nanoladder"
 FLUSH_SECONDS = 3.0  # between two batches of a running trial's metrics; a run that ends sooner is written at once, whole
 GIVE_UP_SECONDS = 30.0  # without an answer, how long nothing is sent
-CLOSE_SECONDS = 60.0  # how long the end of a command waits for the mirror
+CLOSE_SECONDS = 300.0  # how long the end of a command waits for a mirror that gets on; a dead server is given up long before
 MAX_QUEUED = 50_000
 SQLITE = "sqlite:///"
 BATCH = 900  # metrics a call; MLflow takes at most 1000

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from nanochat_model.errors import ConfigError
 
-LOCAL_WAIT_SECONDS = 60.0  # on a cluster that does not grow
+LOCAL_WAIT_SECONDS = 300.0  # on a cluster that does not grow: a process that imports from a slow disk takes its minutes
 CLUSTER_WAIT_SECONDS = 900.0  # a cloud node takes minutes to come up: an assumption
 PLACEMENT_ENV = "NANOLADDER_PLACEMENT_SECONDS"
 
