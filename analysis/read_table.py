@@ -46,7 +46,8 @@ def read_table(path: Path) -> pd.DataFrame:
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: not a text in UTF-8 (byte {e.start}); save the table as CSV in UTF-8, or as parquet") from None
     except (ValueError, OSError, EOFError, zlib.error) as e:  # pandas and pyarrow parse errors are ValueErrors
-        raise DataError(f"{path}: cannot be read as a table ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise DataError(f"{path}: cannot be read as a table ({reason}); give a CSV with a header line, or parquet") from None
     if frame.empty:
         raise DataError(f"{path}: the table has no rows")
     return frame

@@ -32,6 +32,7 @@ SCHEMA_VERSION = 1
 _MAX_CACHED_WORDS = 1 << 20
 _MAX_CACHED_IDS = 1 << 24
 _NUM_BYTES = 256
+SMALLEST_VOCAB = _NUM_BYTES + len(SPECIAL_TOKENS)
 # Of the word caches of all tokenizers: a server encodes prompts in one thread and a calculator's results in another. Not of the
 # instance, which must pickle.
 _CACHE_LOCK = threading.Lock()
@@ -82,12 +83,7 @@ class Tokenizer:
 
         Raises ConfigError when the texts do not hold that many pairs seen at least twice, saying how many they support.
         """
-        smallest = _NUM_BYTES + len(SPECIAL_TOKENS)
-        if vocab_size < smallest:
-            raise ConfigError(
-                f"vocab_size {vocab_size} is under {smallest}, the {_NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens; "
-                f"give at least {smallest}"
-            )
+        check_vocab_size(vocab_size)
         trained = HFTokenizer(models.BPE())
         trained.pre_tokenizer = _pre_tokenizer()
         trainer = trainers.BpeTrainer(
@@ -112,8 +108,8 @@ class Tokenizer:
         supported = len(vocab) + len(SPECIAL_TOKENS)
         if supported < vocab_size:
             raise ConfigError(
-                f"vocab_size {vocab_size} is larger than the corpus supports: it has {supported - smallest} merges of pairs seen "
-                f"at least twice; give a vocab_size of at most {supported} or more text"
+                f"vocab_size {vocab_size} is larger than the corpus supports: it has {supported - SMALLEST_VOCAB} merges of pairs "
+                f"seen at least twice; give a vocab_size of at most {supported} or more text"
             )
         return cls(vocab, merges, trained_on)
 
@@ -265,3 +261,12 @@ def _read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds a {type(value).__name__}, not an object; train the tokenizer again")
     return value
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """ConfigError for a vocabulary that would not even hold the bytes and the special tokens."""
+    if vocab_size < SMALLEST_VOCAB:
+        raise ConfigError(
+            f"vocab_size {vocab_size} is under {SMALLEST_VOCAB}, the {_NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens; "
+            f"give at least {SMALLEST_VOCAB}"
+        )

@@ -99,6 +99,8 @@ def shards_of(sweep: Sweep, workspace: Workspace) -> DataConfig:
     another vocabulary."""
     if isinstance(sweep.recipe, SFTRecipe):
         return sweep.recipe.data
+    if not (workspace.shards_dir / "manifest.json").is_file():
+        raise ConfigError(f"no token shards at {workspace.shards_dir}; build them with: {data_command(sweep, workspace)}")
     data = workspace.data_config(sweep.packing)
     for cell in sweep.cells:
         if cell.model.vocab_size != workspace.vocab_size:
@@ -107,6 +109,11 @@ def shards_of(sweep: Sweep, workspace: Workspace) -> DataConfig:
                 f"{workspace.shards_dir} ({workspace.vocab_size}); train a tokenizer of that size, or change the cell's model"
             )
     return data
+
+
+def data_command(sweep: Sweep, workspace: Workspace) -> str:
+    """What makes shards of the sweep's vocabulary."""
+    return f"nanoladder data --storage {workspace.root} --vocab-size {sweep.cells[0].model.vocab_size}"
 
 
 def _own_listeners(

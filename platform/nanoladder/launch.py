@@ -66,10 +66,7 @@ def launch(
     prediction) or has no data, and what the training raised.
     """
     options = options or LaunchOptions()
-    if plan.blocking:
-        raise ConfigError("; ".join(plan.blocking))
-    if not plan.config.data.manifest_hash:
-        raise ConfigError(f"no token shards under {workspace.root}; build them with: nanoladder data --storage {workspace.root}")
+    check_launch(plan, workspace)
     folder = workspace.run_dir(run_id(plan.config))
     said = _first_said(plan, folder)
     with Observer(plan, workspace, options, progress) as observer:
@@ -81,6 +78,14 @@ def launch(
         write_atomic(folder / VERDICT_FILE, json.dumps(verdict, indent=1))
         observer.finish(record, verdict)
     return verdict
+
+
+def check_launch(plan: LaunchPlan, workspace: Workspace) -> None:
+    """ConfigError where the plan is blocked, or its data is missing."""
+    if plan.blocking:
+        raise ConfigError("; ".join(plan.blocking))
+    if not plan.config.data.manifest_hash:
+        raise ConfigError(f"no token shards under {workspace.root}; build them with: nanoladder data --storage {workspace.root}")
 
 
 def _first_said(plan: LaunchPlan, folder: Path) -> dict[str, Any]:

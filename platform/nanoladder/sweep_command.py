@@ -9,7 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nanoladder.job_context import STORAGE_ENV, check_lasting, default_storage
 from nanoladder.ladder import Ladder, execute_ladder
 from nanoladder.settings import apply_settings
 from nanoladder.sft_sweep import SFTSweep
+from nanoladder.space import Grid
 from nanoladder.stopping import SweepStopped
 from nanoladder.storage import mirrored
 from nanoladder.sweep import Sweep
@@ -183,7 +184,7 @@ def _dry_run(target: Sweep | Ladder, workspace: Workspace, args: argparse.Namesp
     from nanoladder.cells import check_sweep
     from nanoladder.cli.common import print_json
     from nanoladder.dry_run import plan_sweep, print_plan
-    from nanoladder.execute import recent_records, shards_of
+    from nanoladder.execute import data_command, recent_records, shards_of
 
     sweeps = [target] if isinstance(target, Sweep) else [target.stage_sweep(s, target.variants) for s in target.stages]
     built = (workspace.shards_dir / "manifest.json").is_file() or isinstance(sweeps[0].recipe, SFTRecipe)
@@ -207,7 +208,7 @@ def _dry_run(target: Sweep | Ladder, workspace: Workspace, args: argparse.Namesp
     if len(plans) > 1:
         print("Stages after the first get only the candidates that won before: what is shown for them is the most it can be.")
     if not built:
-        print(f"No token shards under {workspace.root} yet; build them with: nanoladder data --storage {workspace.root}")
+        print(f"No token shards under {workspace.root} yet; build them with: {data_command(sweeps[0], workspace)}")
     return 0
 
 
@@ -238,18 +239,28 @@ def _summary(sweep: Sweep, workspace: Workspace, records: Sequence[RunRecord], m
     from nanoladder.sweep_index import INDEX_FILE, read_index
 
     index = read_index(workspace.sweep_dir(sweep.name))
-    rows = []
-    for cell, best in best_candidates(index).items():
+    rows, winners = [], best_candidates(index)
+    for cell, best in winners.items():
         ids = best["run_ids"]
         which = ids[0] if len(ids) == 1 else f"mean of {len(ids)} seeds, {ids[0]} …"
         rows.append((cell, format_values(best["values"]) or "–", f"{best[sweep.metric]:.4f}", which))
     print_table(("cell", "best", sweep.metric, "run"), rows, right=(sweep.metric,))
+    edges = [cell for cell, best in winners.items() if _at_edge(sweep, cell, best["values"])]
+    if edges and not sweep.extend_edges:
+        print(f"best at the end of a grid in {plural(len(edges), 'cell')}: widen it, or let it grow with extend_edges=True")
     if sweep.objectives:
         _print_fronts(sweep, index, workspace.sweep_dir(sweep.name))
     failed = [r for r in records if r.status == "failed"]
     print(f"{len(records)} runs, {len(failed)} failed; index: {workspace.sweep_dir(sweep.name) / INDEX_FILE}")
     print(f"look further: {'   '.join(_where_to_look(workspace, mlflow_uri))}")
     return 1 if failed else 0
+
+
+def _at_edge(sweep: Sweep, label: str, values: Mapping[str, Any]) -> bool:
+    """Whether a value is the first or last of its grid, so that a better one may lie beyond."""
+    space = next((sweep.space_of(c) for c in sweep.cells if c.label == label), {})
+    grids = {k: d.values for k, d in space.items() if isinstance(d, Grid) and len(d.values) > 1 and k in values}
+    return any(values[k] in (min(grid), max(grid)) for k, grid in grids.items())
 
 
 def _where_to_look(workspace: Workspace, mlflow_uri: str | None) -> list[str]:

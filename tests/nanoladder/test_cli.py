@@ -22,7 +22,7 @@ from nanoladder.cli.common import human, together
 
 def call(*args: str, **kwargs) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from nanoladder.cli import main; main()", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def make_record(seed: int = 0) -> RunRecord:
@@ -52,7 +52,7 @@ def imported(*args: str) -> set[str]:
     """The packages a command's process has imported of those that take long."""
     slow = {"torch", "ray", "mlflow", "optuna", "pandas", "scipy", "numpy", "plotly", "pyarrow", "tokenizers", "rich", "tyro"}
     code = f"import sys\nfrom nanoladder.cli import run\nrun(sys.argv[1:])\nprint(*({slow} & set(sys.modules)), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300, check=True)
     return set(done.stderr.split())
 
 
@@ -125,6 +125,9 @@ def test_count_json(capsys) -> None:
         (["fit", "runs.csv", "--target-flops", "nan"], "target_flops nan must be over 0"),
         (["runs", "--limit", "-2"], "limit -2 must be 0"),
         (["data", "--storage", "/dev/null"], "/dev/null"),
+        (["data", "--storage", "/nowhere", "--vocab-size", "100"], "vocab_size 100 is under 265"),
+        (["sync", "--storage", "/nowhere"], "no runs under /nowhere"),
+        (["launch", "--depth", "12", "--storage", "/nowhere", "--json"], "no token shards under /nowhere; build them with"),
         (["sweep", "/nowhere.py"], "/nowhere.py"),
         (["chat", "--checkpoint", "/nowhere"], "/nowhere"),
         (["import-nanochat", "/nowhere", "--out", "/nowhere/out"], "/nowhere"),
@@ -215,7 +218,7 @@ def test_a_package_of_an_extra_that_is_not_installed_is_named(monkeypatch, capsy
 def test_closed_pipe_is_no_error() -> None:
     for args, reader, first in (("plan --depth 12 --json", "head -n 1", "{"), ("--help", "true", "")):
         command = f"{sys.executable} -c 'from nanoladder.cli import main; main()' {args} | {reader}"
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=300)
         assert (done.stdout.strip(), done.stderr, done.returncode) == (first, "", 0)
 
 

@@ -216,7 +216,7 @@ def test_a_sweep_file_is_loaded_without_effect_and_its_dry_run_prints_json(
         (["--set", "batch_multiplier=2x", "--dry-run"], "batch_multiplier '2x' is not of type float"),
         (["--max-concurrent", "0"], "max_concurrent 0 must be at least 1"),
         (["--num-cpus", "-1"], "num_cpus -1 must be at least 1"),
-        ([], "nanoladder data"),
+        ([], "--vocab-size 1024"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(

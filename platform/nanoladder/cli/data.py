@@ -42,12 +42,13 @@ class Data:
     def run(self) -> None:
         from nanochat_model.corpus import build_corpus, training_texts
         from nanochat_model.shards import build_shards
-        from nanochat_model.tokenizer import Tokenizer
+        from nanochat_model.tokenizer import Tokenizer, check_vocab_size
 
         root = Workspace(self.storage)
+        check_vocab_size(self.vocab_size)
+        tokenizer = existing_tokenizer(root, self.vocab_size)
         with byte_bar("corpus", quiet=self.json) as progress:
             corpus = build_corpus(self.source, root.corpus_dir, val_fraction=self.val_fraction, progress=progress)
-        tokenizer = existing_tokenizer(root, self.vocab_size)
         if tokenizer is None:
             if not self.json:
                 print(f"tokenizer: learning {self.vocab_size} tokens from {human(corpus.train_bytes)}B of text ...")

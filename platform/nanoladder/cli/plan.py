@@ -263,17 +263,16 @@ class Launch(Plan):
     """Do not ask."""
 
     def run(self) -> int:
-        from nanoladder.launch import launch
+        from nanoladder.launch import check_launch, launch
 
-        plan = self.plan()
+        plan, workspace = self.plan(), Workspace(self.storage)
         if not self.json:
             print_plan(plan)
-        if plan.blocking:
-            raise ConfigError("; ".join(plan.blocking))
+        check_launch(plan, workspace)
         if not self.yes and not confirm():
             print("not launched")
             return 1
-        verdict = launch(plan, Workspace(self.storage), self.watch.options(address=self.address, quiet=self.json))
+        verdict = launch(plan, workspace, self.watch.options(address=self.address, quiet=self.json))
         if self.json:
             print_json(verdict)
         return 0 if verdict["status"] == "complete" else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass
 
+from nanochat_model.errors import ConfigError
 from nanoladder.cli.common import Json, Storage, print_json
 from nanoladder.workspace import Workspace
 
@@ -26,8 +27,10 @@ class Sync:
     def run(self) -> int:
         from nanoladder.sync import sync
 
-        say = None if self.json else print
-        report = sync(Workspace(self.storage), mlflow_uri=self.mlflow, optuna_uri=self.optuna, say=say)
+        say, root = None if self.json else print, Workspace(self.storage)
+        if not root.runs_dir.is_dir():
+            raise ConfigError(f"no runs under {root.root}; give the --storage of a sweep")
+        report = sync(root, mlflow_uri=self.mlflow, optuna_uri=self.optuna, say=say)
         if self.json:
             print_json(asdict(report))
         else:
