@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from chromium import Page, find_chromium
-from served import serving, wait_until, write_checkpoint
+from served import serving, slowed, wait_until, write_checkpoint
 
 from nanochat_model.checkpoint import load_model, tokenizer_dir
 from nanochat_model.conversations import render_prompt
@@ -103,6 +103,7 @@ def test_copy_regenerate_and_new_chat(page: Page) -> None:
     write(page, "ab")
     page.wait(f"{IDLE} && document.querySelectorAll('.actions').length === 1")
     said = page.evaluate(f"{LAST}.textContent")
+    page.evaluate("window.setTimeout = () => 0")  # which would take the word away again
     page.click(".copy")
     page.wait("document.querySelector('.copy').textContent === 'Copied'")
     copied = page.evaluate("navigator.clipboard.readText()")
@@ -120,17 +121,18 @@ def test_copy_regenerate_and_new_chat(page: Page) -> None:
 @pytest.mark.parametrize("way", ["button", "escape", "new chat"])
 def test_a_reply_can_be_stopped_and_its_row_is_free(page: Page, server: tuple[str, Service], way: str) -> None:
     set_field(page, "max-tokens", "4000")
-    write(page, "ab")
-    page.wait(f"document.querySelector('.streaming') && {LAST}.textContent.length > 20")
-    assert server[1].worker.status()["running"] == 1
-    if way == "button":
-        page.click("#stop")
-    elif way == "escape":
-        page.press("Escape", 27)
-    else:
-        page.click("#new")
-    page.wait(IDLE)
-    wait_until(lambda: server[1].worker.status()["running"] == 0)
+    with slowed(server[1].worker, 0.02):
+        write(page, "ab")
+        page.wait(f"document.querySelector('.streaming') && {LAST}.textContent.length > 20")
+        assert server[1].worker.status()["running"] == 1
+        if way == "button":
+            page.click("#stop")
+        elif way == "escape":
+            page.press("Escape", 27)
+        else:
+            page.click("#new")
+        page.wait(IDLE)
+        wait_until(lambda: server[1].worker.status()["running"] == 0)
     if way == "new chat":
         assert page.evaluate("document.querySelectorAll('.message').length") == 0
         return

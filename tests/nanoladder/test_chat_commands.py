@@ -98,7 +98,7 @@ class Terminal:
 
     def read_until(self, *ends: str) -> str:
         """What is written up to one of `ends` (the first that comes), as it comes; also the end of the command ends it."""
-        text, deadline = "", time.monotonic() + 120
+        text, deadline = "", time.monotonic() + 300
         while not text.endswith(ends):
             assert time.monotonic() < deadline, text
             if not select.select([self._fd], [], [], 1)[0]:
@@ -138,7 +138,7 @@ def test_a_conversation_in_a_terminal(run_dir: str) -> None:
         terminal.write("/foo\n")
         assert "unknown command '/foo'" in terminal.read_until("you: ")
         terminal.write("\x04")
-        assert terminal.process.wait(60) == 0
+        assert terminal.process.wait(240) == 0
     finally:
         terminal.close()
 

@@ -51,7 +51,11 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subp
     command = [sys.executable, "-c", "from nanoladder.cli import main; main()", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    facts = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")  # told once it answers
+    lines: list[str] = []
+    while not lines or lines[-1] != "}\n":  # told once it answers
+        lines.append(process.stdout.readline())
+        assert lines[-1], "the mirror has ended"
+    facts = json.loads("".join(lines))
     assert facts["datasets"] == ["local/text"]
     yield facts["endpoint"], process
     process.kill()
@@ -137,5 +141,5 @@ def test_a_production_can_be_looked_at_first(made: Made, capsys: pytest.CaptureF
 def test_ctrl_c_ends_a_mirror(made: Made, mirror: tuple[str, subprocess.Popen[str]]) -> None:
     """Last, since the mirror is gone then; what was downloaded is known without it."""
     mirror[1].send_signal(signal.SIGINT)
-    mirror[1].wait(timeout=30)
+    mirror[1].wait(timeout=240)
     assert mirror[1].returncode in (0, 130)
