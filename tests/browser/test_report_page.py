@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from chromium import Page, find_chromium
+from ray_nodes import wait_for
 from report_inputs import TARGET, fitted, fronts, production, promotions
 from synthetic_ladder import DEMO, REAL, LadderSpec
 
@@ -145,8 +146,12 @@ def test_a_click_on_a_point_finds_the_run_in_the_table(page: Page, demo: Path):
         const p = d.querySelector('.scatterlayer .points path').getBoundingClientRect();
         return [p.x + p.width / 2, p.y + p.height / 2]; })()"""
     )
-    page.mouse("mouseMoved", *point)
-    page.wait("document.querySelector('[data-figure=isoflop] .hoverlayer text')")
+
+    def is_labelled() -> bool:
+        page.mouse("mouseMoved", *point)
+        return page.evaluate("Boolean(document.querySelector('[data-figure=isoflop] .hoverlayer text'))")
+
+    wait_for(is_labelled)
     shown = page.evaluate("document.querySelector('[data-figure=isoflop] .hoverlayer').textContent")
     page.mouse("mousePressed", *point, clicks=1)
     page.mouse("mouseReleased", *point, clicks=1)

@@ -43,7 +43,6 @@ TPE = Sweep(name="tpe", question="?", cells=(CELL,), sampler="tpe", num_trials=3
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOY_STEP_SECONDS", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
 
 
 @pytest.fixture
@@ -86,11 +85,11 @@ def children(workspace: Workspace, sweep: str) -> list[object]:
 
 def test_a_server_that_is_down_loses_nothing_and_sync_fills_it_in(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        dead = f"http://127.0.0.1:{unused.getsockname()[1]}"
     said: list[str] = []
-    run(workspace, GRID, MlflowMirror(dead, artifacts=tmp_path, warn=said.append))
+    with socket.socket() as deaf:  # bound, so that nobody else gets the port, and not listening
+        deaf.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        run(workspace, GRID, MlflowMirror(dead, artifacts=tmp_path, warn=said.append))
     assert len(list(workspace.record_paths())) == 4
     assert len(said) == 2 and "does not take" in said[0] and "nanoladder sync" in said[1]
 
@@ -106,13 +105,13 @@ def test_a_server_that_is_down_loses_nothing_and_sync_fills_it_in(tmp_path: Path
 def test_a_server_that_never_answers_does_not_hold_up_a_run(
     tmp_path: Path, silent_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # a single call that waited would take as long
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "300")  # a single call that waited would take as long
     said: list[str] = []
     mirror = MlflowMirror(silent_server, artifacts=tmp_path, warn=said.append, close_seconds=0.5)
     start = time.monotonic()
     spent = run(Workspace(tmp_path), GRID, mirror)
-    assert spent < 20, "listeners must return at once"
-    assert time.monotonic() - start < 40 and any("behind the records" in s for s in said)
+    assert spent < 150, "listeners must return at once"
+    assert time.monotonic() - start < 250 and any("behind the records" in s for s in said)
 
 
 def test_optuna_is_made_again_from_records(tmp_path: Path) -> None:
@@ -132,13 +131,13 @@ def test_optuna_is_made_again_from_records(tmp_path: Path) -> None:
     run(workspace, GRID, MlflowMirror(workspace.mlflow_uri, artifacts=tmp_path))
     assert {r.info.run_id for r in children(workspace, "grid")} == before  # type: ignore[attr-defined]
 
+
 def test_runs_without_the_metric_are_told_as_failed() -> None:
     """As the command that ran them does: a fine-tuning measures no CORE."""
     rows = [{"run_id": "r", "seed": seed, "values": {}, "status": "complete", "core": None} for seed in (0, 1)]
     assert _frozen(rows, ["core"], {}, {}).state.name == "FAIL"
     assert _frozen([{**r, "core": 0.25} for r in rows], ["core"], {}, {}).value == 0.25
     assert _frozen([rows[0], {**rows[1], "status": "stopped"}], ["core"], {}, {}).state.name == "PRUNED"
-
 
 
 def test_trials_of_a_dead_command_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
