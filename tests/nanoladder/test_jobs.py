@@ -11,9 +11,11 @@ import textwrap
 import threading
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
+from breaking_training import PAUSE_ENV
 from private_cluster import PrivateCluster
 from tiny_run import tiny_shards
 
@@ -26,13 +28,16 @@ from nanoladder.workspace import Workspace
 
 pytestmark = pytest.mark.seconds(100)
 ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
 TINY = textwrap.dedent(
     '''\
     #!/usr/bin/env python3
     """Which weight decay is best for a model of two layers?"""
 
+    from functools import partial
+
     from nanochat_model.config import EvalConfig, RuntimeConfig
-    from nanoladder import Cell, GPTConfig, Grid, Horizon, Recipe, Sweep, run_sweep
+    from nanoladder import Cell, GPTConfig, Grid, Horizon, Recipe, Sweep, execute, run_sweep
 
     MODEL = GPTConfig(depth=2, model_dim=32, num_heads=2, num_kv_heads=1, sequence_len=32, vocab_size=320, window_pattern="L")
     SWEEP = Sweep(
@@ -47,9 +52,12 @@ TINY = textwrap.dedent(
     )
 
     if __name__ == "__main__":
+        execute.execute_sweep = partial(execute.execute_sweep, train_function="breaking_training:paused")
         run_sweep(SWEEP)
     '''
 )
+# A trial must last: Ray's processes report their metrics once a second.
+PAUSE_SECONDS = 0.07  # after every tenth of 300 steps
 
 
 class Place:
@@ -60,19 +68,21 @@ class Place:
         for name in ("platform", "nanochat_model", "analysis"):
             shutil.copytree(ROOT / name, self.repo / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "runtime_env.yaml", self.repo)
+        shutil.copy(SUPPORT / "breaking_training.py", self.repo)
         self.sweep = self.repo / "sweeps" / "tiny.py"
         self.sweep.parent.mkdir()
         self.sweep.write_text(TINY)
         self.sweep.chmod(0o755)
         self.storage = folder / "storage"
         shutil.copytree(Path(tiny_shards().path), self.storage / "shards")
-        self.cluster = PrivateCluster({"NANOLADDER_STORAGE": str(self.storage), "RAY_metrics_report_interval_ms": "500"})
+        pause = {PAUSE_ENV: str(PAUSE_SECONDS), "RAY_metrics_report_interval_ms": "500"}
+        self.cluster = PrivateCluster({"NANOLADDER_STORAGE": str(self.storage), **pause})
 
     def call(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
         """A client's command in the checkout."""
         ours = {"RAY_API_SERVER_ADDRESS": self.cluster.url, "PYTHONPATH": ""}
         return subprocess.run(
-            command, cwd=self.repo, env=self.cluster.env | ours | env, capture_output=True, text=True, timeout=400
+            command, cwd=self.repo, env=self.cluster.env | ours | env, capture_output=True, text=True, timeout=900
         )
 
     def nanoladder(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -146,12 +156,14 @@ class Scrape:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._end.wait(0.3):
+        over = False
+        while not over:
+            over = self._end.wait(0.3)  # a last look when it is over
             request = urllib.request.Request(self._url, headers=self._token)
             try:
                 with urllib.request.urlopen(request, timeout=5) as reply:
                     lines = reply.read().decode().splitlines()
-            except OSError:  # the node's agent comes up after the head
+            except (OSError, HTTPException):  # the node's agent comes up after the head
                 continue
             for line in lines:
                 if line.startswith("ray_nanoladder_"):
@@ -203,8 +215,9 @@ def test_the_doctor_visits_every_node(place: Place) -> None:
     done = place.nanoladder("doctor", "--address", place.cluster.url, "--quick", "--json")
     facts = json.loads(done.stdout)
     node, cluster = facts["examinations"]
-    by_check = {f["check"]: f for f in node["findings"] if f["severity"] != "warning"}
+    by_check = {f["check"]: f for f in node["findings"]}  # how full a disk is depends on the machine, what is looked at does not
     assert {"python", "disk", "shared memory", "devices", "attention", "bf16", "fp8", "token"} <= set(by_check)
+    assert {by_check[check]["severity"] for check in ("python", "token")} == {"ok"}
     assert by_check["python"]["facts"]["executable"] == str(place.cluster.python), "the job's Python is the head's"
     assert not [f for f in node["findings"] if f["check"] == "python" and f["severity"] == "warning"], "and so is its PATH's"
     assert any(str(place.storage) in f["text"] for f in node["findings"] if f["check"] == "disk")

@@ -10,17 +10,19 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
-START_SECONDS = 180.0
-LOOPBACK = "127.0.0.1"
+from ports import LOOPBACK, free_ports
+from ray_nodes import ANY_WORKER_PORT, PATIENT
+
+START_SECONDS = 300.0
 OTHER_PORTS = (
     "node-manager", "object-manager", "ray-client-server", "dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent",
 )  # fmt: skip
@@ -40,7 +42,7 @@ class PrivateCluster:
         self.url = f"http://{LOOPBACK}:{self.dashboard_port}"
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHON", "NANOLADDER_"))}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file), "RAY_USAGE_STATS_ENABLED": "0"}
-        self.env = clean | token
+        self.env = clean | token | PATIENT
         path = f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"
         self._head_env = self.env | {"PATH": path, "OMP_NUM_THREADS": "1"} | (head_env or {})
         self._process: subprocess.Popen[bytes] | None = None
@@ -48,7 +50,7 @@ class PrivateCluster:
     def start(self) -> PrivateCluster:
         ports = [f"--{name}-port={port}" for name, port in zip(OTHER_PORTS, self._others, strict=True)]
         ports.append(f"--metrics-export-port={self.metrics_port}")
-        where = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", *ports]
+        where = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", *ports, *ANY_WORKER_PORT]
         size = [f"--num-cpus={self.num_cpus}", f"--object-store-memory={100 * 2**20}", f"--temp-dir={self.folder / 't'}"]
         command = [self.python, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--node-ip-address={LOOPBACK}"]
         command += ["--dashboard-host", LOOPBACK, "--include-dashboard=true", "--labels", "gpu=none", *where, *size]
@@ -69,7 +71,7 @@ class PrivateCluster:
         try:
             with urllib.request.urlopen(request, timeout=2) as reply:
                 return bool(reply.status == 200)
-        except OSError:
+        except (OSError, HTTPException):  # an answer that is cut off
             return False
 
     def stop(self) -> None:
@@ -109,11 +111,3 @@ def make_python(folder: Path) -> Path:
     )
     assert "No module named 'nanoladder'" in found.stderr, f"nanoladder must not be installed here, ray must: {found.stderr}"
     return python
-
-
-def free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for s in sockets:
-            s.bind((LOOPBACK, 0))
-        return [s.getsockname()[1] for s in sockets]
