@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rank_jobs
+from ports import free_port
 from tiny_run import RUNTIME, tiny_config, tiny_shards
 
 from nanochat_model import distributed, evaluate
@@ -26,14 +27,14 @@ def start_ranks(world_size: int, folder: Path, config: Any) -> list[dict[str, An
     """Run rank_jobs.run_rank in `world_size` processes, forked from a server that imported torch once; what each wrote."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rank_jobs"])
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environments = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world_size)]
     processes = [context.Process(target=rank_jobs.run_rank, args=(e, config, folder)) for e in environments]
     try:
         for p in processes:
             p.start()
         for p in processes:
-            p.join(timeout=240)
+            p.join(timeout=300)
             assert p.exitcode == 0, f"a rank ended with {p.exitcode}; its traceback is on standard error"
     finally:
         for p in processes:
