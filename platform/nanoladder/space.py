@@ -125,6 +125,11 @@ def check_space(space: Space, where: str) -> None:
     """ConfigError where a condition refers to what is not before it, or to a value that cannot occur."""
     before: dict[str, Dimension] = {}
     for key, dimension in space.items():
+        if not isinstance(dimension, Grid | Choice | Uniform | LogUniform | When):
+            raise ConfigError(
+                f"{where}: {key} is of type {type(dimension).__name__}, no dimension; write Grid([0.5, 1, 2]), Choice, Uniform, "
+                "LogUniform or When"
+            )
         if isinstance(dimension, When):
             if dimension.key not in before:
                 raise ConfigError(f"{where}: {key} depends on {dimension.key!r}, which must be a dimension before it")

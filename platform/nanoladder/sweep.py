@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nanochat_model.config import GPTConfig, Packing, RuntimeConfig
 from nanochat_model.errors import ConfigError
@@ -100,6 +100,7 @@ class Sweep:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"sweep name {self.name!r} may hold letters, digits and . _ - (a / for folders), say wd_d12")
+        self._check_kinds()
         if not self.cells:
             raise ConfigError(f"sweep {self.name} has no cells; give at least one Cell(model=…, horizon=…)")
         labels = [c.label for c in self.cells]
@@ -132,6 +133,19 @@ class Sweep:
             check_space(self.space_of(cell), f"sweep {self.name}")
             self._check_sampler(cell)
             self._check_edges(cell)
+
+    def _check_kinds(self) -> None:
+        for name, what in (("cells", "(Cell(…),)"), ("seeds", "(0, 1, 2)")):
+            if isinstance(getattr(self, name), Cell | int):
+                raise ConfigError(
+                    f"{name} of sweep {self.name} is a single {type(getattr(self, name)).__name__}; write {name}={what}"
+                )
+        kinds = {"purpose": Purpose, "packing": Packing, "backend": Backend}
+        given = [("metric", m, Metric) for m in self.metrics] + [(n, getattr(self, n), kind) for n, kind in kinds.items()]
+        for name, value, kind in given:
+            if value not in get_args(kind):
+                known = ", ".join(map(repr, get_args(kind)))
+                raise ConfigError(f"{name} {value!r} of sweep {self.name} must be one of {known}")
 
     def _check_objectives(self) -> None:
         if self.pruning not in ("none", "constant"):
