@@ -7,6 +7,8 @@ import functools
 import os
 import platform
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -20,11 +22,15 @@ from nanochat_model.native import native_status
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 CPU_MICRO_BATCH_TOKENS = 4096  # best on CPUs: activations of a micro-batch stay near the caches
 CONTEXT_BYTES = 6e8  # what a process holds of a GPU before its first tensor: an assumption, 0.4–0.6 GB are reported
+RECOMPILE_LIMIT = 128  # of all models of a process together, where torch knows no other way
 COMPILE_FLOPS = 2e13  # a run on a CPU shorter than this spends more time compiling than it would gain
 
 
 def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """The torch device of "auto", "cpu", "cuda" (this rank's) or "cuda:1". ROCm answers to "cuda". Raises ConfigError."""
+    """The torch device of "auto", "cpu", "cuda" (this rank's) or "cuda:1". ROCm answers to "cuda". Raises ConfigError.
+
+    A GPU becomes the process's current one: what is made on plain "cuda" must not land on, and take memory of, another.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -37,7 +43,22 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     index = int(number) if number else local_rank
     if index >= torch.cuda.device_count():
         raise ConfigError(f"runtime.device {name!r} (index {index}), but torch sees {torch.cuda.device_count()} GPUs")
-    return torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def compile_fixed(function: Callable[..., Any], *, fullgraph: bool = False) -> Callable[..., Any]:
+    """torch.compile for a function whose shapes stay what they are.
+
+    Counts recompilations for itself: the entries of all models that a process has trained otherwise share one limit (8), past
+    which torch goes on uncompiled, or under `fullgraph` raises. Before torch 2.13 that limit is raised instead.
+    """
+    if torch.__version__ >= "2.13":  # compared as versions
+        with_limit_of_its_own: Any = torch.compile  # whose overloads do not name the option
+        return with_limit_of_its_own(function, dynamic=False, fullgraph=fullgraph, isolate_recompiles=True)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return torch.compile(function, dynamic=False, fullgraph=fullgraph)
 
 
 def tune_process(num_threads: int = 0) -> None:

@@ -42,7 +42,7 @@ def current_ranks() -> Ranks:
     """
     if dist.is_available() and dist.is_initialized():
         rank = dist.get_rank()
-        return Ranks(rank=rank, world_size=dist.get_world_size(), local_rank=_env_int("LOCAL_RANK", rank))
+        return Ranks(rank=rank, world_size=dist.get_world_size(), local_rank=_local_rank(rank))
     world_size = _env_int("WORLD_SIZE", 1)
     if world_size > 1:
         raise ConfigError(
@@ -50,6 +50,13 @@ def current_ranks() -> Ranks:
             "nanochat_model.distributed.process_group(), or unset WORLD_SIZE to train in one process"
         )
     return Ranks()
+
+
+def _local_rank(rank: int) -> int:
+    """This process's place on its machine, and so its GPU: LOCAL_RANK; without it ranks are taken to fill one machine after the
+    other, a rank a GPU."""
+    num_gpus = torch.cuda.device_count()
+    return _env_int("LOCAL_RANK", rank % num_gpus if num_gpus else rank)
 
 
 def _env_int(name: str, default: int) -> int:
@@ -67,7 +74,9 @@ def process_group(device_type: str = "", *, timeout_seconds: float = DEFAULT_TIM
     """Join the processes that torchrun (or the same variables: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) started.
 
     `device_type` "cpu" takes Gloo, "cuda" takes NCCL or RCCL, "" whichever the machine has. With one process, or with a group
-    that somebody initialised already, nothing is set up or torn down. Raises ConfigError when a variable is missing.
+    that somebody initialised already, nothing is set up or torn down. Raises ConfigError when a variable is missing, or when
+    there are more ranks on this machine than GPUs. An error ends the group at once: the other ranks are waiting in a collective,
+    and to take leave of them in order would be to wait for them.
     """
     if dist.is_initialized() or _env_int("WORLD_SIZE", 1) == 1:
         yield current_ranks()
@@ -80,14 +89,22 @@ def process_group(device_type: str = "", *, timeout_seconds: float = DEFAULT_TIM
     on_gpu = device_type.startswith("cuda") or (not device_type and torch.cuda.is_available())
     device = None
     if on_gpu:
-        device = torch.device("cuda", _env_int("LOCAL_RANK", 0))
+        local_rank, num_gpus = _local_rank(_env_int("RANK", 0)), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise ConfigError(f"LOCAL_RANK {local_rank}, but torch sees {num_gpus} GPUs; start at most one rank a GPU")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device)
     try:
         yield current_ranks()
+    except BaseException:
+        if on_gpu:
+            dist.distributed_c10d._abort_process_group()
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _group_device() -> torch.device:

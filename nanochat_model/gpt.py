@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nanochat_model import attention
 from nanochat_model.attention_backends import Kernel, choose_backend
 from nanochat_model.config import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig
+from nanochat_model.device import compile_fixed
 from nanochat_model.errors import ConfigError
 from nanochat_model.fp8 import RECIPES, eligible, fp8_linear
 from nanochat_model.init import initial_tensor
@@ -218,8 +219,9 @@ class GPT(nn.Module):
 
     def choose_attention(self, device: torch.device) -> str:
         """Fix the attention kernel for `device`; returns its name. Called by the first forward pass there if not before."""
+        shapes = {(self.config.sequence_len, window) for window in self.config.windows}
         windowed = min(self.config.windows) < self.config.sequence_len
-        backend = choose_backend(self.attention_choice, device, self.compute_dtype, windowed=windowed)
+        backend = choose_backend(self.attention_choice, device, self.compute_dtype, windowed=windowed, shapes=shapes)
         for block in self.blocks:
             block.attn.kernel = backend.kernel
         self._attention_device = device
@@ -307,4 +309,4 @@ def checked_ids(ids: Tensor, vocab_size: int, least: int = 0) -> Tensor:
 def compile_training(model: GPT) -> None:
     """Compile the training path in place: the trunk; the loss keeps its own chunks. Call after the model is on its device."""
     model.choose_attention(model.lm_head.weight.device)
-    model.features = torch.compile(model.features, dynamic=False)  # type: ignore[method-assign]
+    model.features = compile_fixed(model.features)  # type: ignore[method-assign]

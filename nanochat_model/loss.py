@@ -6,12 +6,15 @@ N tokens (B·T), C model_dim, V vocabulary (the table is padded past it; padded 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_model.device import compile_fixed
 from nanochat_model.native import ops as native
 from nanochat_model.native.cross_entropy import chunked_losses, whole_in_c
 from nanochat_model.native.products import accumulate_gradient
@@ -91,7 +94,12 @@ def _by_chunks(x: Tensor, table: Tensor, targets: Tensor, grad_table: Tensor | N
     total = torch.zeros((), dtype=torch.float32, device=x.device)
     grad_x = None if grad_table is None else torch.empty_like(x)
     for at in _slices(len(x), chunk_tokens(x.device)):
-        loss, g = _chunk(x[at] @ table.T, targets[at], grad_table is not None)
+        raw = x[at] @ table.T
+        g: Tensor | None
+        if x.is_cuda and grad_table is not None:
+            loss, g = _compiled_chunk(raw.shape, raw.dtype)(raw, targets[at])
+        else:
+            loss, g = _chunk(raw, targets[at], grad_table is not None)
         total += loss
         if grad_x is None or grad_table is None or g is None:
             continue
@@ -126,3 +134,21 @@ def _chunk(raw: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tens
     p.scatter_add_(1, index, -valid.to(p.dtype).unsqueeze(1))
     p.addcmul_(p * t, t, value=-1.0)
     return loss, p.to(raw.dtype)
+
+
+def whole_chunk(raw: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_chunk`, for a compiler: it becomes two passes over the logits (n, V). Eager, its dozen small operations would move some
+    20 GB for 8,192 tokens of 32,768 ids: by arithmetic 5 ms on an H200, where all of a d12's step on these tokens takes some 14."""
+    valid = (targets != IGNORE_INDEX).unsqueeze(1)
+    index = targets.clamp_min(0).unsqueeze(1)
+    t = torch.tanh(raw.float() * (1.0 / SOFTCAP))
+    p = torch.exp(t * SOFTCAP)
+    denominator = p.sum(1, keepdim=True)
+    loss = ((denominator.log() - t.gather(1, index) * SOFTCAP) * valid).sum()
+    hit = torch.arange(raw.shape[1], device=raw.device) == index  # compared, not scattered, so that it fuses
+    return loss, ((p / denominator - hit.to(p.dtype)) * (1.0 - t * t) * valid).to(raw.dtype)
+
+
+@functools.cache
+def _compiled_chunk(shape: torch.Size, dtype: torch.dtype) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return compile_fixed(whole_chunk)

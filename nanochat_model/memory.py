@@ -19,7 +19,7 @@ DTYPE_BYTES: dict[ComputeDtype, int] = {"bfloat16": 2, "float16": 2, "float32": 
 # normalised q and k, attention's output (9 C) and the 4C hidden layer before and after relu² counted at 3 C each, because
 # compilation recomputes part of it. 15 in all reproduces the 105 GB above within 5%.
 ACTIVATION_TENSORS_PER_LAYER = 15
-LOGIT_CHUNK_TOKENS = 1024  # tokens of logits alive at once in the chunked cross-entropy
+LOGIT_CHUNK_TOKENS = 8192  # tokens of logits alive at once in the chunked cross-entropy on a GPU (GPU_CHUNK_TOKENS of loss.py)
 FIXED_BYTES = 1.5e9  # context, allocator slack and communication buffers of a GPU process: an assumption
 USABLE_SHARE = 0.92  # of the card's memory: fragmentation takes the rest; an assumption
 

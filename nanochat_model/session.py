@@ -15,6 +15,7 @@ from nanochat_model import device as devices
 from nanochat_model.config import DataConfig, GPTConfig, RuntimeConfig, TrainConfig
 from nanochat_model.distributed import Ranks
 from nanochat_model.errors import ConfigError
+from nanochat_model.fp8 import check_fp8
 from nanochat_model.gpt import GPT, compile_training
 from nanochat_model.loader import Loader
 from nanochat_model.loop import Batch, LossScale, Stepper, even_micro_batch, split_rows
@@ -98,8 +99,7 @@ def build_stepper(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks) -> 
             "ranks; raise batch_tokens or use fewer processes"
         )
     device = devices.choose_device(runtime.device, ranks.local_rank)
-    if config.fp8 != "off" and device.type != "cuda":
-        raise ConfigError(f"fp8 {config.fp8!r} needs a GPU with fp8 units, the device is {device}; set fp8=off")
+    check_fp8(config.fp8, device=device, compute_dtype=config.compute_dtype, sequence_len=config.model.sequence_len)
     devices.tune_process(runtime.num_threads)
     devices.limit_memory(device, runtime.memory_share)
     model = GPT(config.model, compute_dtype=DTYPES[config.compute_dtype], attention=runtime.attention, fp8=config.fp8)

@@ -24,9 +24,9 @@ EPS = float(torch.finfo(torch.float32).eps)  # of torch's rms_norm, which comput
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors: on the CPU, of one supported dtype, compiled, and not being traced."""
     dtype = tensors[0].dtype
-    if dtype not in SUFFIX or torch.compiler.is_compiling() or kernels() is None:
+    if dtype not in SUFFIX or torch.compiler.is_compiling() or not all(t.is_cpu and t.dtype == dtype for t in tensors):
         return False
-    return all(t.is_cpu and t.dtype == dtype for t in tensors)
+    return kernels() is not None  # asked last: the first time they are compiled, which a GPU has no use for
 
 
 def _call(name: str, dtype: torch.dtype, *args: Tensor | int | float | None) -> None:

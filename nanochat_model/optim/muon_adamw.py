@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat_model.config import OptimizerConfig
+from nanochat_model.device import compile_fixed
 from nanochat_model.gpt import GPT
 from nanochat_model.native import muon as native_muon
 from nanochat_model.optim.exchange import all_gather, make_exchanges
@@ -99,7 +100,7 @@ class MuonAdamW:
     def __init__(self, groups: list[Group], *, polar_dtype: torch.dtype, group: dist.ProcessGroup | None = None) -> None:
         self.polar_dtype = polar_dtype
         on_gpu = any(g.params[0].is_cuda for g in groups)
-        self._muon_step = torch.compile(muon_step, dynamic=False, fullgraph=True) if on_gpu else muon_step
+        self._muon_step = compile_fixed(muon_step, fullgraph=True) if on_gpu else muon_step
         self._as_scalar = torch.tensor if on_gpu else float  # 0-d tensors: a float that changes would compile again every step
         self.process_group = group
         distributed = dist.is_available() and dist.is_initialized()
@@ -161,7 +162,7 @@ class MuonAdamW:
             [state["exp_avg"]],
             [state["exp_avg_sq"]],
             [],
-            [torch.tensor(float(self.num_steps), device=buffer.values.device)],
+            [torch.full((), float(self.num_steps), device=buffer.values.device)],  # torch.tensor would wait for a GPU
             lr=spec.lr * lr_multiplier,
             beta1=spec.betas[0],
             beta2=spec.betas[1],

@@ -96,6 +96,7 @@ def attention() -> Iterator[Finding]:
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+    fastest = "flash_attn" if torch.version.hip else "fa3"
     agree: list[str] = []
     refused: dict[str, str] = {}
     for name, load in KERNELS.items():
@@ -111,11 +112,10 @@ def attention() -> Iterator[Finding]:
     wrong = [name for name, reason in refused.items() if "differs" in reason]
     if wrong:
         yield error("attention", text, f"do not use {', '.join(wrong)}: runtime.attention={chosen.name}", **facts)
-    elif kind == "cuda" and chosen.name == "sdpa":
-        remedy = (
-            "install flash_attn (CK or AITER build)" if torch.version.hip else "pip install kernels (FlashAttention 3 on Hopper)"
-        )
-        yield warning("attention", text, remedy + ": windows cost a quarter of the throughput without it", **facts)
+    elif kind == "cuda" and (chosen.name == "sdpa" or "not installed" in refused.get(fastest, "")):
+        remedy = "install flash_attn (CK or AITER build)" if torch.version.hip else "pip install 'kernels>=0.16' (FlashAttention 3)"
+        cost = ", and windows cost a quarter of the throughput without it" if chosen.name == "sdpa" else ""
+        yield warning("attention", text, f"{remedy}: it is the fastest here{cost}", **facts)
     else:
         yield ok("attention", text, **facts)
 

@@ -77,7 +77,7 @@ def test_memory_of_the_105_gigabyte_run() -> None:
     theirs = estimate_memory(D24, micro_batch_rows=32, table_bytes=2, logits="whole")
     assert theirs.total == pytest.approx(105e9, rel=0.05)
     ours = estimate_memory(D24, micro_batch_rows=32)
-    assert ours.logits < theirs.logits / 10
+    assert ours.logits < theirs.logits / 7
     assert estimate_memory(D24, micro_batch_rows=32, num_devices=8).optimizer == ours.optimizer / 8
 
 
