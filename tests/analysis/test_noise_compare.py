@@ -30,14 +30,15 @@ def test_noise_is_the_pooled_relative_variance():
     noise = estimate_noise(seeded(cells))
     assert (noise.sd, noise.df, len(noise.cells)) == (pytest.approx(expected), 3, 2)
     assert noise.low == pytest.approx(expected * np.sqrt(3 / stats.chi2.ppf(0.95, 3)))
-    assert noise.low < noise.sd < noise.high
+    assert noise.high == pytest.approx(expected * np.sqrt(3 / stats.chi2.ppf(0.05, 3)))
+    assert noise.status == "converged" and noise.message == "5 runs in 2 cells, 3 degrees of freedom"
 
 
 def test_noise_needs_seeds():
     assert estimate_noise(seeded([[2.0], [3.0]])) is None
     assert estimate_noise(seeded([[2.0, 2.1]]).assign(seed=np.nan)) is None
     single = estimate_noise(seeded([[2.0, 2.1]]))
-    assert (single.status, single.df) == ("too_few", 1)
+    assert (single.status, single.df) == ("too_few", 1) and "run at least 3 seeds" in single.message
 
 
 def test_noise_is_recovered_from_records(tmp_path):
@@ -51,6 +52,8 @@ def test_noise_that_differs_between_cells_is_said():
     rng = np.random.default_rng(0)
     quiet, loud = 2 * np.exp(0.0005 * rng.standard_normal(8)), 3 * np.exp(0.02 * rng.standard_normal(8))
     assert "not the same everywhere" in estimate_noise(seeded([list(quiet), list(loud)])).message
+    alike = [list(2 * np.exp(0.0005 * rng.standard_normal(8))) for _ in range(2)]
+    assert "not the same everywhere" not in estimate_noise(seeded(alike)).message
 
 
 def test_paired_test_is_the_t_test():
@@ -135,11 +138,14 @@ def test_compute_multiplier_of_a_known_gain():
     base = {s: curve(1e18) * [1, 1, 1, 1, np.exp(1e-4 * s)] for s in range(3)}
     better = {s: curve(1e18, gain=0.01) * [1, 1, 1, 1, np.exp(1e-4 * s)] for s in range(3)}
     result = compare_recipes(base, better, slope=(0.05, 0.002), noise=SeedNoise(sd=0.0005, df=8))
+    se = np.sqrt(2 * 0.0005**2 * 8 / (2 + 8) / 3)  # three equal pairs (df 2) pooled with the known noise (df 8)
+    half, half_log = stats.t.ppf(0.95, 10) * np.array([se, np.hypot(se / 0.05, 0.01 * 0.002 / 0.05**2)])
     for axis in result.axes.values():
         assert axis.multiplier == pytest.approx(np.exp(0.2), rel=1e-6)
-        assert axis.multiplier_low < np.exp(0.2) < axis.multiplier_high
+        assert (axis.multiplier_low, axis.multiplier_high) == pytest.approx(np.exp([0.2 - half_log, 0.2 + half_log]), rel=1e-4)
         assert axis.gain == pytest.approx(0.01) and axis.verdict == "better"
-        assert axis.reach > 1
+        assert (axis.low, axis.high) == pytest.approx((0.01 - half, 0.01 + half), rel=1e-4)
+        assert axis.reach == pytest.approx(np.exp(0.2), rel=1e-3), "between two points of a power law"
     assert result.summary.startswith("a gain on every axis")
 
 

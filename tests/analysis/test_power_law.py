@@ -81,6 +81,13 @@ def test_censored_fit_is_the_maximum_of_the_likelihood():
     np.testing.assert_allclose(line.beta, [a[i], b[i]], atol=2e-3)
     assert line.beta[1] > start.beta[1]  # the edge cell pulls the slope up
 
+    z = (1.4 - design[4] @ line.beta) / width
+    hazard = np.exp(stats.norm.logpdf(z) - stats.norm.logsf(z))
+    inside = design[:4].T @ design[:4] / width**2
+    information = inside + hazard * (hazard - z) / width**2 * np.outer(design[4], design[4])
+    scale = max(1.0, np.trace(start.covariance @ inside) / 2)  # what the start's covariance carries for misfit
+    np.testing.assert_allclose(line.covariance, scale * np.linalg.inv(information), rtol=1e-3)
+
 
 def test_an_edge_cell_moves_the_law_towards_the_truth():
     """Optima beyond their grid left out bias the slope down; as censored points they repair it."""
@@ -140,6 +147,19 @@ def test_predictors_that_move_together_are_not_identifiable():
     still = fit(points(x, y, N=np.full(6, 18.0)), symbols=("N", "D"))
     assert still.status == "not_identifiable" and "N hardly varies" in still.message
     assert still.exponents["D"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_what_a_kept_exponent_explains_is_taken_from_edge_cells_too():
+    """N and D move together: with N kept at -0.7 it is the fit over D alone of what the N term leaves."""
+    x, interior = np.linspace(20, 24, 6), np.array([True] * 5 + [False])
+    y = 0.5 * x + np.array([0.01, -0.02, 0.015, 0.0, -0.01, np.nan])
+    n = x - 3.0 + np.array([0.0, 0.0, 0.0, 0.0, 0.0, 1.0])  # but in the edge cell
+    low = np.where(interior, -np.inf, 12.1)
+    law = fit(points(x, y, se=0.02, low=low, interior=interior, N=n), symbols=("N", "D"))
+    left = 0.7 * (n - n[:5].mean())
+    alone = fit(points(x, y + left, se=0.02, low=low + left, interior=interior))
+    assert law.exponents == {"N": -0.7, "D": pytest.approx(alone.exponents["D"], rel=1e-6)}
+    assert law.coefficient == pytest.approx(alone.coefficient, rel=1e-6)
 
 
 def test_an_exponent_that_stays_open_keeps_the_published_one():

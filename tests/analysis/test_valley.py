@@ -133,6 +133,13 @@ def test_next_grid_extends_twice_then_stops():
     assert score is not None and score.side == "high"
 
 
+def test_next_grid_judges_the_vertex_by_what_replicates_scatter():
+    x = np.repeat([1.0, 2, 4, 8, 16], 4)
+    valley, scatter = 0.004 * np.log(x / 4.3) ** 2, np.tile([1, -1, 1, -1], 5)
+    assert next_grid(x, np.exp(valley + 0.002 * scatter)) is None
+    assert next_grid(x, np.exp(valley + 0.03 * scatter)) is not None
+
+
 def test_next_grid_with_noise_also_distrusts_a_vague_vertex():
     x = np.array([1.0, 2, 4, 8])
     loss = 1 + 0.004 * np.log(x / 3.6) ** 2

@@ -70,6 +70,9 @@ def test_a_loss_spike_is_told_once_until_it_is_over() -> None:
     for _ in range(60):  # a loss that scatters by half a nat has no spike at one nat
         noisy.report(loss=4 + noisy.rng.uniform(-0.5, 0.5))
     assert not noisy.report(loss=5.0)
+    steady = Run()
+    steady.reports(10, loss=4.0)
+    assert not steady.report(loss=4.29) and kinds(steady.report(loss=4.31)) == ["loss_spike"]
 
 
 def test_non_finite_values_are_told_also_where_only_a_skipped_step_shows_them() -> None:
@@ -127,6 +130,9 @@ def test_evaluations_may_take_long_and_steps_may_be_slow() -> None:
     slow.now += 500
     slow.beat(0)
     assert not slow.watch.tick(), "reports come once a minute here"
+    slow.now += 101
+    slow.beat(0)
+    assert kinds(slow.watch.tick()) == ["stalled"], "ten times the usual"
 
 
 def test_replaced_workers_are_told_with_what_was_lost() -> None:
