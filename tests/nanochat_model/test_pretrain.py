@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import RUNTIME, SEQUENCE_LEN, tiny_config, tiny_shards
+from tiny_run import RUNTIME, SEQUENCE_LEN, STILL, tiny_config, tiny_shards
 
 from nanochat_model import train
 from nanochat_model.callbacks import Callback, StepInfo, StopTraining
@@ -111,8 +111,8 @@ def test_losses_are_those_of_the_model_on_the_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize("micro_batch_rows", [1, 3, 8])
 def test_micro_batches_do_not_move_losses(tmp_path: Path, micro_batch_rows: int) -> None:
     """Equal to rounding, also where the last micro-batch is smaller (8 rows in parts of 3)."""
-    _, reference = run(tmp_path / "a", tiny_config())
-    _, other = run(tmp_path / "b", tiny_config(), dataclasses.replace(RUNTIME, micro_batch_rows=micro_batch_rows))
+    _, reference = run(tmp_path / "a", tiny_config(**STILL))
+    _, other = run(tmp_path / "b", tiny_config(**STILL), dataclasses.replace(RUNTIME, micro_batch_rows=micro_batch_rows))
     np.testing.assert_allclose(other.losses, reference.losses, rtol=2e-5)
 
 
@@ -284,11 +284,8 @@ def test_fp16_trains_with_a_loss_scale(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_bf16_follows_fp32(tmp_path: Path) -> None:
-    """With the scalars held still: at initialization every layer's output is parallel to the embedding, so the scalars' first
-    gradients are rounding alone, and AdamW makes full steps of their signs."""
-    still = {"optimizer__scalar_lr": 1e-9, "optimizer__smear_lr": 1e-9}
-    _, full = run(tmp_path / "a", tiny_config(**still))
-    _, half = run(tmp_path / "b", tiny_config(compute_dtype="bfloat16", **still))
+    _, full = run(tmp_path / "a", tiny_config(**STILL))
+    _, half = run(tmp_path / "b", tiny_config(compute_dtype="bfloat16", **STILL))
     np.testing.assert_allclose(half.losses, full.losses, rtol=0.02)
     assert {t.dtype for t in read_model_state(find_latest(tmp_path / "b" / CHECKPOINTS_DIR)).values()} == {torch.float32}
 

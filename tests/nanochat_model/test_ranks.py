@@ -12,15 +12,11 @@ import numpy as np
 import pytest
 import rank_jobs
 from ports import free_port
-from tiny_run import RUNTIME, tiny_config, tiny_shards
+from tiny_run import RUNTIME, STILL, tiny_config, tiny_shards
 
 from nanochat_model import distributed, evaluate
 from nanochat_model.errors import ConfigError
 from nanochat_model.train import pretrain
-
-# The scalars are held still: at initialization every layer's output is parallel to the embedding, so their first gradients are
-# rounding alone, and AdamW (eps 1e-10) makes full steps of the signs; losses then agree to 1e-3 only, whatever adds them up.
-STILL = {"optimizer__scalar_lr": 1e-9, "optimizer__smear_lr": 1e-9}
 
 
 def start_ranks(world_size: int, folder: Path, config: Any) -> list[dict[str, Any]]:
