@@ -106,7 +106,8 @@ def shards_of(sweep: Sweep, workspace: Workspace) -> DataConfig:
         if cell.model.vocab_size != workspace.vocab_size:
             raise ConfigError(
                 f"sweep {sweep.name}, cell {cell.label}: model.vocab_size {cell.model.vocab_size} is not that of the shards in "
-                f"{workspace.shards_dir} ({workspace.vocab_size}); train a tokenizer of that size, or change the cell's model"
+                f"{workspace.shards_dir} ({workspace.vocab_size}); change the cell's model, or give a --storage of that "
+                f"vocabulary (nanoladder data --vocab-size {cell.model.vocab_size})"
             )
     return data
 

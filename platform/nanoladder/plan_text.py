@@ -8,6 +8,7 @@ from typing import Any
 from analysis.words import plural
 from nanochat_model.identity import run_id
 from nanoladder.plan import LaunchPlan
+from nanoladder.terminal import format_seconds
 
 Section = tuple[str, list[tuple[str, str]]]
 
@@ -102,7 +103,7 @@ def _time_rows(plan: LaunchPlan) -> list[tuple[str, str]]:
         ("MFU", mfu),
         ("step", f"{plan.step_seconds:.2f} s" if plan.step_seconds >= 0.1 else f"{1000 * plan.step_seconds:.1f} ms"),
         ("gradients", f"{plan.gradient_bytes / 1e6:,.0f} MB in fp32{averaged}"),
-        ("time", f"{plan.hours:.2f} h"),
+        ("time", f"{plan.hours:.2f} h" if plan.hours >= 0.1 else format_seconds(3600 * plan.hours)),
     ]
     if plan.dollars is not None:
         rows.append(("cost", f"${plan.dollars:,.2f} at ${price:g} a device and hour"))
@@ -137,7 +138,8 @@ def print_plan(plan: LaunchPlan) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=200)
     for title, rows in plan_sections(plan):
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False, pad_edge=False)
+        console.print(title, style="bold", markup=False)  # not as the table's title, which would be wrapped to its width
+        table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
         for name, value in rows:
             table.add_row(name, escape(value))  # a path may hold what reads like markup
         console.print(table)

@@ -88,7 +88,8 @@ def find_runtime_env(path: Path) -> Path:
 
 
 def load_runtime_env(path: Path) -> dict[str, Any]:
-    """A runtime environment with its local paths made absolute from the file's own folder."""
+    """A runtime environment with its local paths made absolute from the file's own folder, and storage roots that lie in what it
+    ships left out: shards and runs never travel."""
     import yaml
 
     try:
@@ -100,6 +101,9 @@ def load_runtime_env(path: Path) -> dict[str, Any]:
     if not isinstance(env, dict) or "working_dir" not in env:
         raise ConfigError(f"{path} names no working_dir; add one, for example working_dir: .")
     env["working_dir"] = str((path.parent / env["working_dir"]).resolve())
+    roots = [p.parent.parent for p in sorted(Path(env["working_dir"]).glob("*/shards/manifest.json"))]
+    if roots:
+        env["excludes"] = [*env.get("excludes", []), *(f"/{root.name}/" for root in roots)]
     if "py_modules" in env:
         env["py_modules"] = [str((path.parent / module).resolve()) for module in env["py_modules"]]
     return env

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
+from analysis.words import plural, was_were
 from nanochat_model.record import RunRecord
 from nanoladder.cells import Trial
 from nanoladder.listen import Listener, SweepProgress
@@ -55,7 +56,7 @@ class TerminalLines(Listener):
 
     def on_end(self) -> None:
         if self._skipped:
-            self._console.print(f"[dim]{self._skipped} runs were recorded already[/]")
+            self._console.print(f"[dim]{plural(self._skipped, 'run')} {was_were(self._skipped)} recorded already[/]")
         self._skipped = 0
 
 

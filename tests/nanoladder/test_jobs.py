@@ -22,7 +22,7 @@ from tiny_run import tiny_shards
 from nanochat_model.errors import ConfigError
 from nanochat_model.record import RunRecord
 from nanoladder.job_context import check_lasting, default_storage
-from nanoladder.job_hook import with_options
+from nanoladder.job_hook import check_runs_alone, with_options
 from nanoladder.submit import choose_address, find_runtime_env, load_runtime_env
 from nanoladder.workspace import Workspace
 
@@ -235,6 +235,23 @@ def test_what_is_shipped_is_found_from_the_file_and_counts_from_its_own_folder(t
     assert env["py_modules"] == [str(ROOT / "platform" / "nanoladder")]
     with pytest.raises(ConfigError, match=r"no runtime_env\.yaml above"):
         find_runtime_env(tmp_path / "x.py")
+    shutil.copy(found, tmp_path)
+    (tmp_path / "mine" / "shards").mkdir(parents=True)
+    (tmp_path / "mine" / "shards" / "manifest.json").touch()
+    assert load_runtime_env(tmp_path / found.name)["excludes"] == [*env["excludes"], "/mine/"], "shards and runs never travel"
+
+
+def test_a_file_that_no_shell_could_run_is_refused_before_it_is_shipped(tmp_path: Path) -> None:
+    path = tmp_path / "x.py"
+    path.write_text("SWEEP = 1\n")
+    with pytest.raises(
+        SystemExit, match=r"lacks its run bit \(chmod \+x .*x\.py\) and the first line #!/usr/bin/env python3, and Ray"
+    ):
+        check_runs_alone(str(path))
+    path.write_text("#!/usr/bin/env python3\n")
+    path.chmod(0o755)
+    for file in (str(path), "python", "elsewhere.py"):
+        check_runs_alone(file)
 
 
 def test_results_never_land_in_rays_copy_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,6 +275,8 @@ class Launch(Plan):
         verdict = launch(plan, workspace, self.watch.options(address=self.address, quiet=self.json))
         if self.json:
             print_json(verdict)
+        else:
+            print(f"run: {workspace.run_dir(verdict['run_id'])} (--checkpoint of sft, eval and chat)")
         return 0 if verdict["status"] == "complete" else 1
 
 

@@ -117,8 +117,9 @@ class Simulate:
         from nanoladder.execute import recent_records, shards_of
 
         workspace, fleet, overheads = Workspace(self.storage), self._fleet(target), self._overheads()
-        built = (workspace.shards_dir / "manifest.json").is_file()
         known = [target] if isinstance(target, Sweep) else [target.stage_sweep(s, target.variants) for s in target.stages]
+        sizes = {c.model.vocab_size for s in known for c in s.cells}
+        built = (workspace.shards_dir / "manifest.json").is_file() and sizes == {workspace.vocab_size}  # else of other sweeps
         data = {s.name: shards_of(s, workspace) if built else None for s in known}
         for sweep in known:
             check_sweep(sweep, data[sweep.name])
