@@ -71,7 +71,7 @@ def run_replicas(
     # later too, load this very one, even when the run has written a newer one meanwhile.
     model = replace(model, checkpoint=str(resolve(model.checkpoint).absolute()))
     warn_if_open(listen)
-    port = free_port(listen)
+    free_port(listen)  # one that is in use is told at once
     from nanoladder.ray_init import ensure_ray, shutdown_ray
 
     threads = max(1, model.num_threads)
@@ -85,16 +85,17 @@ def run_replicas(
             )
         if not session.started_here:
             _check_cluster()
-        _serve(build_application(model, listen, replicas=replicas, use_gpu=use_gpu), listen, port, ready, served_name(model))
+        _serve(build_application(model, listen, replicas=replicas, use_gpu=use_gpu), listen, ready, served_name(model))
     finally:
         shutdown_ray()
     return 0
 
 
-def _serve(application: Any, listen: ListenOptions, port: int, ready: Callable[[str, str], None], name: str) -> None:
+def _serve(application: Any, listen: ListenOptions, ready: Callable[[str, str], None], name: str) -> None:
     """Deploy on the connected Ray, wait for a signal, take Serve down again."""
     from ray import serve
 
+    port = free_port(listen)  # for port 0 only now: the processes that Ray has started meanwhile take dozens
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": listen.host, "port": port})
         serve.run(application, name=APP_NAME, route_prefix="/")
