@@ -4,9 +4,9 @@
     python bench/train.py --preset demo --ranks 1,2,3
 
 Every variant is a process of its own. The processes take turns for a few steps each, round after round, so that all of them
-see the same machine; medians over all steps are reported, ratios are of medians. Batches are cut from one array of random
-tokens in memory. Prints a table and writes JSON. With --ranks the same parts of a step are measured on several Gloo processes,
-where communication is one of them.
+see the same machine (on a GPU one comes after the other: each would hold all of its memory); medians over all steps are
+reported, ratios are of medians. Batches are cut from one array of random tokens in memory. Prints a table and writes JSON. With
+--ranks the same parts of a step are measured on several Gloo processes, where communication is one of them.
 
 Presets: `small` (d2, width 64, V 1024, batch 2048, one thread) and `d4` (width 256, V 4096, micro-batch 16, batch 16,384) have
 T 256 and are the CPU references; `demo` is about the demo's production run (d1, width 128, batch 2048);
@@ -214,7 +214,19 @@ def worker(variant: str, job: Job, checkout: str, pipe: Any) -> None:
 
 
 def run_all(variants: list[str], job: Job, checkout: str, rounds: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Start every variant, let them take turns, gather what they say."""
+    """What every variant says of its steps. On a CPU they take turns; on a GPU one is over before the next begins, because each
+    would hold all of its memory."""
+    import torch
+
+    on_gpu = job.device != "cpu" and torch.cuda.is_available()
+    results: dict[str, dict[str, Any]] = {}
+    for together in [[v] for v in variants] if on_gpu else [variants]:
+        results |= take_turns(together, job, checkout, rounds, steps)
+    return results
+
+
+def take_turns(variants: list[str], job: Job, checkout: str, rounds: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Start these variants, let them take turns, gather what they say."""
     context = mp.get_context("spawn")
     results: dict[str, dict[str, Any]] = {}
     pipes = {}
