@@ -55,9 +55,9 @@ class Session:
 
 def build_session(config: TrainConfig, runtime: RuntimeConfig, ranks: Ranks) -> Session:
     """Build everything of one pretraining run. Raises ConfigError when config, shards and device do not fit together."""
-    shards = open_shards(config.data, config.model)
     if config.eval.num_tokens < 1:
         raise ConfigError(f"eval.num_tokens {config.eval.num_tokens} must be at least 1: a run that is not evaluated says nothing")
+    shards = open_shards(config.data, config.model)
     model, optimizer, stepper, device = build_stepper(config, runtime, ranks)
     loader = Loader(
         shards,

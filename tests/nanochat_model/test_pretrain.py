@@ -235,6 +235,7 @@ def test_skipping_leaves_the_weights_alone(tmp_path: Path, monkeypatch: pytest.M
         ({"data__manifest_hash": "0" * 16}, "manifest_hash"),
         ({"data__path": ""}, "data.path is empty"),
         ({"model__vocab_size": 512}, "set model.vocab_size=320"),
+        ({"eval__num_tokens": 0}, "eval.num_tokens 0 must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_no_record(tmp_path: Path, overrides: dict, message: str) -> None:
