@@ -54,6 +54,11 @@ def test_a_trunk_is_the_same_whatever_the_horizon():
         assert [f(i, 500, s) for i in range(start)] == [f(i, 900, s) for i in range(start)], f.__name__
     assert weight_decay_multiplier(500, 500, s) == pytest.approx(0.0, abs=1e-12) and lr_multiplier(500, 500, s) == 0.05
     assert muon_momentum(500, 500, s) == pytest.approx(0.90)
+    longer = ScheduleConfig(kind="constant_then_decay", warmdown_fraction=0.3, momentum_warmup_steps=0)
+    assert decay_start(500, longer) == 350
+    halfway = (f(425, 500, longer) for f in (lr_multiplier, muon_momentum, weight_decay_multiplier))
+    assert list(halfway) == pytest.approx([0.525, 0.935, 0.5])
+    assert weight_decay_multiplier(400, 500, longer) == pytest.approx(0.75)  # (1 + cos 60°)/2
 
 
 def test_device_choice_names_what_is_missing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from nanochat_model.record import CurvePoint
 from nanoladder.cells import resolve_config
 from nanoladder.ladder import Ladder, Stage, finalists, moved, screening, stage_recipe
 from nanoladder.promote import Promotion, judge_screened, judge_stage, rank_correlations
-from nanoladder.prune import Pruner, constant_until, is_far_behind, loss_at
+from nanoladder.prune import Pruner, constant_from, constant_until, is_far_behind, loss_at
 from nanoladder.space import Grid, Times
 from nanoladder.sweep import Sweep
 from nanoladder.trial_spec import TrialSpec
@@ -141,6 +142,8 @@ def test_pruning_stops_only_what_trails_far_behind_before_the_decay(tmp_path: Pa
     assert record.status == "stopped" and (record.error or "").startswith("pruned at step")
     bench.pool.finish(trial.run_id, record)
     assert [t.state.name for t in bench.study().trials] == ["COMPLETE"] * 5 + ["PRUNED"], "never complete"
-    assert not is_far_behind(9.0, [1.0] * 4)
+    assert not is_far_behind(9.0, [1.0] * 4) and is_far_behind(math.nan, [1.0] * 5)
+    assert is_far_behind(1.021, [1.0] * 5) and not is_far_behind(1.019, [1.0] * 5)
+    assert constant_from(replace(trial.config, num_steps=100)) == 10
     points = [CurvePoint(step=s, num_tokens=s, train_flops=s, seconds=s, val_bpb=v) for s, v in ((1, 4.0), (3, 1.0))]
     assert loss_at(points, 2 / 3) == pytest.approx(2.0) and loss_at(points, 0.1) is None

@@ -321,6 +321,7 @@ def test_other_machines_are_let_in_only_when_told() -> None:
         ListenOptions(host="0.0.0.0")
     assert ListenOptions(host="0.0.0.0", allow_remote=True).hosts == ()
     assert "localhost" in ListenOptions(allowed_hosts=("chat.example",)).hosts
+    assert "hush" not in repr(ListenOptions(api_key="hush"))
     assert "chat.example" in ListenOptions(allowed_hosts=("chat.example",)).hosts
     with pytest.raises(ConfigError, match="port 70000"):
         ListenOptions(port=70000)
