@@ -251,7 +251,7 @@ def _warnings(
     if not speed.measured:
         lines.append(f"speed is {speed.source}; --tokens-per-second or recorded runs on the device give a better figure")
     if network > 0.2 * compute_seconds:
-        lines.append(f"averaging gradients takes {network:.1f} s of a {compute_seconds:.1f} s step over this network")
+        lines.append(f"averaging gradients takes {network:.2f} s a step over this network, computing {compute_seconds:.2f} s")
     if prediction is None:
         lines.append("no loss is predicted: no usable allocation law")
     elif prediction.verdict != "ok" and not refused:
