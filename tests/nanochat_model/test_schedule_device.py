@@ -132,7 +132,7 @@ def golden_trace() -> list[float]:
 def test_golden_training_trace():
     """A refactor must reproduce this. After an intended change of numerics: python tests/nanochat_model/test_schedule_device.py"""
     expected = json.loads(GOLDEN.read_text())["losses"]
-    assert golden_trace() == pytest.approx(expected, rel=2e-4)
+    assert golden_trace() == pytest.approx(expected, rel=2e-4, abs=5e-5)  # at 0.02 nats other kernels round 1e-5 apart
 
 
 if __name__ == "__main__":
