@@ -244,7 +244,8 @@ def _summary(sweep: Sweep, workspace: Workspace, records: Sequence[RunRecord], m
         ids = best["run_ids"]
         which = ids[0] if len(ids) == 1 else f"mean of {len(ids)} seeds, {ids[0]} …"
         rows.append((cell, format_values(best["values"]) or "–", f"{best[sweep.metric]:.4f}", which))
-    print_table(("cell", "best", sweep.metric, "run"), rows, right=(sweep.metric,))
+    if rows:
+        print_table(("cell", "best", sweep.metric, "run"), rows, right=(sweep.metric,))
     edges = [cell for cell, best in winners.items() if _at_edge(sweep, cell, best["values"])]
     if edges and not sweep.extend_edges:
         print(f"best at the end of a grid in {plural(len(edges), 'cell')}: widen it, or let it grow with extend_edges=True")
