@@ -43,9 +43,13 @@ class Chat:
     def run(self) -> None:
         from nanochat_model.chat import load_chat
         from nanochat_model.device import choose_device, tune_process
+        from nanochat_model.native import native_status
 
         tune_process(self.num_threads)
-        chat = load_chat(self.checkpoint, device=str(choose_device(self.device)), system=self.system)
+        device = choose_device(self.device)
+        if device.type == "cpu":
+            native_status()  # compiles, or says that it cannot, now and not in the middle of the first reply
+        chat = load_chat(self.checkpoint, device=str(device), system=self.system)
         if self.prompt:
             pieces = self.reply(chat, self.prompt, self.seed)
             if self.json:
