@@ -242,6 +242,8 @@ def test_budgets_hidden_in_a_continuum():
     np.testing.assert_allclose(found, [1e19, 3e19, 1e20, 3e20], rtol=0.05)
     assert "4 density peaks" in text
     assert not np.isfinite(assign_budgets(np.geomspace(1e18, 1e21, 200))[0]).any()  # evenly spread: no budgets at all
+    small = np.full(7, 1e15)
+    np.testing.assert_allclose(assign_budgets(np.concatenate([small, lines, between]))[0], [*small, *budgets])
 
 
 def test_large_table_is_read_whole(tmp_path):
