@@ -7,8 +7,8 @@ from typing import Any
 
 from analysis.words import plural
 from nanochat_model.identity import run_id
+from nanoladder.cli.common import duration
 from nanoladder.plan import LaunchPlan
-from nanoladder.terminal import format_seconds
 
 Section = tuple[str, list[tuple[str, str]]]
 
@@ -103,7 +103,7 @@ def _time_rows(plan: LaunchPlan) -> list[tuple[str, str]]:
         ("MFU", mfu),
         ("step", f"{plan.step_seconds:.2f} s" if plan.step_seconds >= 0.1 else f"{1000 * plan.step_seconds:.1f} ms"),
         ("gradients", f"{plan.gradient_bytes / 1e6:,.0f} MB in fp32{averaged}"),
-        ("time", f"{plan.hours:.2f} h" if plan.hours >= 0.1 else format_seconds(3600 * plan.hours)),
+        ("time", f"{plan.hours:.2f} h" if plan.hours >= 0.1 else duration(3600 * plan.hours)),
     ]
     if plan.dollars is not None:
         rows.append(("cost", f"${plan.dollars:,.2f} at ${price:g} a device and hour"))
