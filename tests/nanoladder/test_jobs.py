@@ -236,9 +236,10 @@ def test_what_is_shipped_is_found_from_the_file_and_counts_from_its_own_folder(t
     with pytest.raises(ConfigError, match=r"no runtime_env\.yaml above"):
         find_runtime_env(tmp_path / "x.py")
     shutil.copy(found, tmp_path)
+    excludes = load_runtime_env(tmp_path / found.name)["excludes"]
     (tmp_path / "mine" / "shards").mkdir(parents=True)
     (tmp_path / "mine" / "shards" / "manifest.json").touch()
-    assert load_runtime_env(tmp_path / found.name)["excludes"] == [*env["excludes"], "/mine/"], "shards and runs never travel"
+    assert load_runtime_env(tmp_path / found.name)["excludes"] == [*excludes, "/mine/"], "shards and runs never travel"
 
 
 def test_a_file_that_no_shell_could_run_is_refused_before_it_is_shipped(tmp_path: Path) -> None:
