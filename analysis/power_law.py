@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from analysis.law import Law, Status, unit_coefficient
 from analysis.words import plural
@@ -107,7 +107,8 @@ def fit_censored(design: np.ndarray, points: Points, start: LineFit) -> LineFit:
         upper, lower = (points.high - line)[outside] / width, (points.low - line)[outside] / width
         return float(squares - _log_probability(lower, upper).sum())
 
-    found = optimize.minimize(loss, start.beta, method="Nelder-Mead", options={"xatol": 1e-10, "fatol": 1e-12, "maxiter": 20000})
+    fatol = 1e-12 * (1.0 + abs(loss(start.beta)))  # relative: below the rounding of a large sum the search would never end
+    found = optimize.minimize(loss, start.beta, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": fatol, "maxiter": 20000})
     hessian = _hessian(loss, found.x, np.sqrt(np.maximum(np.diag(start.covariance), 1e-12)))
     covariance = np.linalg.pinv(hessian)
     ratio = float(np.trace(start.covariance @ _information(design[inside], variance[inside])) / len(found.x))
@@ -123,7 +124,7 @@ def _log_probability(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
     """log[Φ(upper) − Φ(lower)] without cancellation: the interval is mirrored into the left tail."""
     swap = lower > 0
     a, b = np.where(swap, -upper, lower), np.where(swap, -lower, upper)
-    log_b, log_a = stats.norm.logcdf(b), stats.norm.logcdf(a)
+    log_b, log_a = special.log_ndtr(b), special.log_ndtr(a)
     return log_b + np.log1p(-np.exp(np.minimum(log_a - log_b, -1e-15)))
 
 
