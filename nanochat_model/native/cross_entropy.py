@@ -5,6 +5,8 @@ N tokens, C model_dim, V vocabulary. Features are bfloat16, the table float32.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -24,15 +26,15 @@ def chunked_losses(
     """Losses (N,) of targets (N,), -1 ignored, from features x (N, C), and the gradient (N, C) of their sum, whose gradient of the
     table is added to grad_table (V, C). Without grad_table, losses alone. At most `most` tokens' logits exist at a time."""
     N, V = len(x), len(rows)
-    size = -(-N // -(-N // max(most, 2 * MULTIPLE)))  # even chunks: none is too short for the products
-    raw = x.new_empty((size, V))  # the same for all chunks: it stays in the caches
+    count = -(-N // max(most, 2 * MULTIPLE))
+    ends = [N * i // count for i in range(count + 1)]  # as even as can be: none is too short for the products
+    raw = x.new_empty((-(-N // count), V))  # the same for all chunks: it stays in the caches
     losses = torch.empty(N, dtype=torch.float32)
     grad_x = None if grad_table is None else torch.empty_like(x)
     targets = targets.contiguous()
     with together():
         outputs, _ = packed_outputs((rows,))
-        for start in range(0, N, size):
-            at = slice(start, min(start + size, N))
+        for at in (slice(a, b) for a, b in itertools.pairwise(ends)):
             xc = x[at]
             logits = product(xc, outputs, V, out=raw[: len(xc)])
             cross_entropy_rows(logits, targets[at], cap, losses[at], want_grad=grad_table is not None)

@@ -153,3 +153,18 @@ def test_kernels_that_wait_and_run_together_give_the_same_bits(monkeypatch):
         monkeypatch.setattr(module, "together", contextlib.nullcontext)
     expected_loss, expected = loss_and_gradients(*batch)
     assert loss == expected_loss and all(torch.equal(g, found[name]) for name, g in expected.items())
+
+
+@pytest.mark.skipif(not hasattr(build.kernels(), "product_rows"), reason="no AVX512-BF16 here")
+def test_no_chunk_of_the_loss_is_too_short_for_c():
+    torch.manual_seed(0)
+    x, rows, targets = torch.randn(641, 16).bfloat16(), torch.randn(24, 16), torch.randint(0, 24, (641,))
+    results = []
+    for most in (16, 641):  # 16 tokens a chunk would leave one alone
+        table = torch.zeros(24, 16)
+        losses, grad_x = cross_entropy.chunked_losses(x, rows, targets, cap=15.0, most=most, grad_table=table)
+        assert grad_x is not None
+        results.append((losses, grad_x, table))
+    (losses, grad_x, table), (expected, expected_x, expected_table) = results
+    assert torch.equal(losses, expected) and torch.equal(grad_x, expected_x)
+    close(table, expected_table.double(), torch.float32)
